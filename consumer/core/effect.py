@@ -55,7 +55,7 @@ def build_effect(
     for option in ("batch", "idempotent"):
         if option in options:
             raise RegistrationError(
-                f"{place_of(function)}: {option}= is for @app.handler: an effect calls another system for one message, once"
+                f"{place_of(function)}: {option}= is for @app.handler; leave it out, since an effect calls another system for one message, once"
             )
     call = build(function, topics, options, Call)
     wrong = _wrong(call)

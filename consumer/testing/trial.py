@@ -394,11 +394,11 @@ async def _standing_in(app: App, stand_ins: Mapping[str, Function]) -> AsyncIter
     effects = {name: handler.effect for name, handler in app.handlers.items() if handler.effect is not None}
     names = {*effects, *(f"{name}.unsure" for name, effect in effects.items() if effect.unsure is not None)}
     if unknown := sorted(set(stand_ins) - names):
-        raise Misconfigured(f"effects={{{unknown[0]!r}: …}}: {app.name!r} has no such effect")
+        raise Misconfigured(f"effects={{{unknown[0]!r}: …}}: {app.name!r} has no such effect; name one of it")
     for name, effect in effects.items():
         if name not in stand_ins:
             raise Misconfigured(
-                f"{name!r} calls another system, which a test must not: give exactly_once an async function in its "
+                f"{name!r}: it calls another system, which a test must not; give exactly_once an async function in its "
                 f"place, effects={{{name!r}: function}}"
             )
         effect.call.call = _as_call(stand_ins[name])
@@ -412,4 +412,4 @@ def _as_call(function: Function) -> Call:
 
 
 async def _not_given(value: Any, call: Any) -> object:
-    raise Misconfigured("the test gives no function for .unsure, effects={'NAME.unsure': function}")
+    raise Misconfigured("effects=: no function for .unsure; give effects={'NAME.unsure': function}")

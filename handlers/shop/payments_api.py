@@ -104,7 +104,7 @@ class PaymentsApi:
         return await answered.answer(response) if answered is not None else response
 
     async def _store(self, order: Order, sent: Sent, amount: int) -> None:
-        """Commit the order, if it is new, and the message that charges it."""
+        """Commit a new order and the message that charges it."""
         row = {"order_id": order.id, "visitor": order.visitor, "protected": order.switches.ledger, "amount": amount}
         async with self.pool.acquire(timeout=DATABASE_SECONDS) as connection, connection.transaction():
             await insert_once(connection, "shop.orders", row, conflict="order_id")

@@ -1,4 +1,4 @@
-"""Figures of a database that is away: missing and counted, and nothing else."""
+"""Figures of a database that is away are missing and counted."""
 
 from __future__ import annotations
 

@@ -830,7 +830,7 @@ async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> No
         await run_replay(place, app, topic, mode="republish", target=copy)
     with pytest.raises(Misconfigured, match="this topic is read"):
         await run_replay(place, app, topic, mode="republish", target=topic)
-    with pytest.raises(Misconfigured, match="'nowhere' does not exist"):
+    with pytest.raises(Misconfigured, match="'nowhere': does not exist"):
         await run_replay(place, payments_app(topic, retry=QUICK), topic, mode="republish", target="nowhere")
 
 
