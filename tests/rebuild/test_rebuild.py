@@ -961,7 +961,7 @@ async def test_a_deferred_write_is_refused_with_the_name_of_its_own_handler(plac
 
     await place.send(topic, uuid_payment("a"), uuid_payment("b"))
     await mark_settled(place, app)
-    with pytest.raises(Misconfigured, match=r"handler 'audit' names public\.effects"):
+    with pytest.raises(Misconfigured, match=r"handler 'audit': it names public\.effects"):
         await rebuilt(place, app)
     assert (await rebuilt(place, app, handlers=["settle"])).applied == 2
 
