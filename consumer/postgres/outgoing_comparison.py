@@ -1,7 +1,7 @@
 """Compares what handlers publish with Kafka, in temporary tables.
 
 PostgreSQL holds them, so that the memory of the replay does not grow with the topics. Everything happens in one transaction
-that is rolled back. Reads outbox, outbox_published, outbox_streams, outbox_actions, letter_actions.
+that is rolled back. Reads outbox, outbox_published, outbox_streams and audit.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ group by k.topic, k.id;
 """
 _EXPLAIN = """
 update consumer_outgoing_differences d set reason = 'discarded'
-from consumer.outbox o join consumer.outbox_actions a on a.stream = o.stream and a.what = 'discard'
-     and o.seq >= a.from_seq and o.seq < a.to_seq
+from consumer.outbox o join consumer.audit a on a.stream = o.stream and a.action = 'outbox discard'
+     and o.seq >= (a.numbers->>'from_seq')::int8 and o.seq < (a.numbers->>'to_seq')::int8
 where d.kind = 'missing' and (o.topic, o.id) = (d.topic, d.id);
 update consumer_outgoing_differences d set reason = 'unpublished'
 from consumer.outbox o left join consumer_watermarks w using (stream)
@@ -97,9 +97,7 @@ select distinct topic, app, source_topic from consumer.outbox_streams
 where topic = any($2) and next_seq > 0 and (app <> $1 or source_topic <> all($3)) order by 1, 2, 3
 """
 _EDITED = """
-select count(*) from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-join consumer.handlers h using (handler)
-where h.app = $1 and a.outcome = 'applied' and (a.new_id is not null or a.new_value is not null)
+select count(*) from consumer.audit where app = $1 and action = 'dlq edit' and result = 'applied'
 """
 _EXPECTED_COLUMNS = (
     "run", "topic", "id", "key", "value", "headers", "handler", "source_topic", "source_partition", "source_offset",

@@ -258,7 +258,7 @@ async def _stops(contract: Contract) -> None:
 
 
 def _audit(contract: Contract) -> None:
-    """What the commands before have done is on record, and no dry run."""
+    """Actions of earlier commands are on record; dry runs are not."""
     rows = contract.run("audit", "audit", "--limit", "1000")
     elsewhere = {"outbox discard", "rename handler"}  # their own tests look
     assert {row["action"] for row in rows} == set(ACTIONS) - elsewhere

@@ -1,4 +1,7 @@
-"""Erased dead letters keep their place and hold nothing of their message; without Kafka, as test_dead_letter_retry.py."""
+"""Erased dead letters keep their place and nothing of their message.
+
+Without Kafka, as test_dead_letter_retry.py.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ async def dlq(desk: Desk, cwd: Path, *arguments: str) -> Any:
 
 
 async def quoting(dsn: str) -> list[str]:
-    """The tables with a row that holds the secret, as text or bytes."""
+    """The tables that hold the secret, as text or bytes."""
     tables = await query(
         dsn, "select relname from pg_class where relnamespace = 'consumer'::regnamespace and relkind in ('r', 'p')"
     )

@@ -1,4 +1,7 @@
-"""The record of operators' actions: complete, in the action's own transaction, and with the rows of earlier versions."""
+"""The record of operators' actions.
+
+It is complete, in the action's own transaction, and has the rows of earlier versions.
+"""
 
 from __future__ import annotations
 

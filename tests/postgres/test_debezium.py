@@ -70,7 +70,7 @@ async def store(dsn: str, *numbers: int) -> None:
         await connection.close()
 
 
-async def test_the_connector_names_columns_that_exist_with_types_that_its_router_reads(dsn: str) -> None:
+async def test_columns_of_the_connector_exist_with_types_that_its_router_reads(dsn: str) -> None:
     columns = dict(
         await query(
             dsn,

@@ -230,7 +230,7 @@ async def test_while_one_server_is_down_the_other_ones_messages_go_on(shards: Sh
 
 
 async def test_one_shard_is_paused_and_the_other_ones_messages_go_on(shards: Shards, tmp_path: Path) -> None:
-    """More of them than the buffer holds; the log is read again for the shard that was paused."""
+    """The log is read again for the shard that was paused."""
     settings = shards.settings(buffer_messages_max=80, batch_messages_max=20, kafka_partition_fetch_bytes_max=2000)
     working = Working(shards.app(), settings)
     async with working:

@@ -1,4 +1,4 @@
-"""An App of two versions of the framework: each effect says which one applied it."""
+"""An App whose effects say which version applied them."""
 
 from __future__ import annotations
 

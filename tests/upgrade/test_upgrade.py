@@ -1,4 +1,4 @@
-"""The version before and this one run side by side, on a schema that is migrated under load.
+"""Two versions run side by side while the schema is migrated.
 
 previous/ holds the wheel of the version before, as users installed it: a checkout without history has it too.
 `make release-check KEEP=yes` replaces it.
@@ -53,7 +53,7 @@ def _migrations_of_wheel() -> list[tuple[str, str]]:
 
 @pytest.mark.unit
 def test_migrations_of_the_version_before_are_as_they_were() -> None:
-    """A changed one is refused by every database that has it: add another."""
+    """Every database that has it refuses a changed one."""
     now = [(f"{migration.version:04}_{migration.name}", migration.sql) for migration in schema.migrations()]
     before = _migrations_of_wheel()
     assert [name for name, text in before if (name, text) not in now] == []
@@ -61,7 +61,7 @@ def test_migrations_of_the_version_before_are_as_they_were() -> None:
 
 
 async def test_migrations_wait_for_no_worker_and_delay_none(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a worker's transaction is open on every table, all of them are applied."""
+    """A worker's transaction is open on every table meanwhile."""
     known, before = schema.migrations(), len(_migrations_of_wheel())
     worker = await asyncpg.connect(database)
     migrating = await asyncpg.connect(database, server_settings={"lock_timeout": "2s"})
@@ -81,7 +81,7 @@ async def test_migrations_wait_for_no_worker_and_delay_none(database: str, monke
 
 
 class Versions:
-    """Two versions of `consumer`, one App, one topic, one database that neither has migrated."""
+    """Two versions of `consumer` for one App and one database."""
 
     def __init__(self, kafka: str, dsn: str, topic: str, directory: Path) -> None:
         self.kafka, self.dsn, self.topic, self.directory = kafka, dsn, topic, directory

@@ -1,4 +1,4 @@
-"""`consumer pause` stops settling in running workers, over their death and a rebalance, until `consumer resume`."""
+"""A pause outlasts deaths of workers and rebalances."""
 
 from __future__ import annotations
 
