@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
-from typing import Any, Literal, Never, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
 
 from consumer.core import fingerprint as fingerprints
 from consumer.core.effect import ask_with, build_effect, settle_with
@@ -21,10 +21,12 @@ from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
 from consumer.core.worker_health import EmbeddedWorker
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
-from consumer.postgres.application_codecs import ConnectionInit
 from consumer.settings import Settings
 from consumer.transaction.tx import Tx
 from consumer.transaction.web_publishing import Publishing, publishing
+
+if TYPE_CHECKING:  # the pytest plugin imports this file and must not load the driver
+    from consumer.postgres.application_codecs import ConnectionInit
 
 F = TypeVar("F", bound=Function)
 Lifespan = Callable[["App"], AbstractAsyncContextManager[Any]]

@@ -49,11 +49,12 @@ class _KeyLookups:
 class AbsentRows:
     """Notes what updates look for, in tables that no handler inserts into.
 
-    usage: as the copies of this pass have it. updating: by name of a table, the SQL that updates it.
+    connection: with the application's codecs, which encode what handlers look for. own: the same without them. usage: as the copies of this pass have it. updating: by name of a table, the SQL that updates it.
     """
 
-    def __init__(self, connection: Any, usage: Mapping[Name, TableUsage]) -> None:
+    def __init__(self, connection: Any, own: Any, usage: Mapping[Name, TableUsage]) -> None:
         self._connection = connection
+        self._own = own
         self._usage = usage
         self._texts: dict[str, tuple[_KeyLookups, tuple[int, ...]] | None] = {}  # with the indexes of the arguments
         self._lookups: dict[tuple[Name, tuple[str, ...]], _KeyLookups] = {}
@@ -144,7 +145,7 @@ class AbsentRows:
             if use.inserted or not use.updated:
                 continue
             texts = self._reasons(table.name)
-            if texts and not await self._connection.fetchval(_NEVER_LOST, table.oid, count):
+            if texts and not await self._own.fetchval(_NEVER_LOST, table.oid, count):
                 reasons += texts
         return reasons
 

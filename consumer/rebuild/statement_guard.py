@@ -89,7 +89,7 @@ class StatementGuard:
         self.reads: set[Name] = set()
         self.stopped_by: Misconfigured | RestartPass | None = None
         self.writers: set[str] = set()
-        self.absent = AbsentRows(connection, usage)
+        self.absent = AbsentRows(connection, own, usage)
         self.upserted: set[str] = set()
         self.changed: set[str] = set()
         self.unplanned = False

@@ -225,7 +225,7 @@ async def test_status_has_positions_lag_and_outcomes(reported: dict[str, Any]) -
     assert sum(settle["duplicates"].values()) == 1
     [id] = {partition.pop("topic_id") for partition in answer["partitions"]}
     assert str(uuid.UUID(id)) == id
-    good = {"stopped": None, "open_transaction": None, "waiting": 0}
+    good = {"stopped": None, "open_transaction": None, "paused": None, "waiting": 0}
     assert answer["partitions"] == [
         {"topic": reported["topic"], "partition": 0, "position": 3, "end": 3, "lag": 0, "unread": 0, **good},
         {"topic": reported["topic"], "partition": 1, "position": 2, "end": 3, "lag": 1, "unread": 1, **good},

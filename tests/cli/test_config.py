@@ -119,6 +119,8 @@ def test_every_setting_can_be_in_the_file(file: Path) -> None:
         "log_format": "json",
         "dead_letter_limit": 1,
         "outbox_relay": "off",
+        "http": "127.0.0.1:9464",
+        "tracing": "link",
     }
     lines = [
         f"{name} = {json.dumps(examples.get(name, {str: 'text', int: 2, float: 70.5, bool: True}[kind]))}"

@@ -49,7 +49,7 @@ def test_status_is_a_table_where_it_fits_and_else_lines(terminal: io.StringIO, h
     duplicates = {"batch": 12, "precheck": 3_000_000, "ledger": 4, "dead_letter": 5}
     counts = {"applied": 123_456_789, "duplicates": duplicates, "dead_lettered": 12, "skipped": 0}
     lag = {"position": 1_000_000, "end": 2_000_000, "lag": 1_000_000, "waiting": 12, "unread": 0}
-    partition = {"topic": TOPIC, "partition": 100, **lag, "stopped": None, "open_transaction": None}
+    partition = {"topic": TOPIC, "partition": 100, **lag, "stopped": None, "open_transaction": None, "paused": None}
     answer = Status(
         app="shop",
         handlers={handler: counts},

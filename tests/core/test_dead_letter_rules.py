@@ -90,8 +90,9 @@ def test_messages_of_one_key_are_applied_in_log_order_despite_retries(messages: 
     assert all(letters[n] is DeadLetterState.DEAD for n in rejected)
 
 
-def test_only_a_handler_that_kept_failing_holds_back_what_follows() -> None:
-    assert {reason for reason in Reason if blocks_key(Dead(reason, ""))} == {Reason.FAILED, Reason.BEHIND}
+def test_only_repeated_failures_and_unknown_effects_hold_back_what_follows() -> None:
+    blocking = {Reason.FAILED, Reason.EFFECT_UNKNOWN, Reason.BEHIND}
+    assert {reason for reason in Reason if blocks_key(Dead(reason, ""))} == blocking
     assert next_state(None) == next_state(DUPLICATE[Cause.LEDGER]) == (DeadLetterState.APPLIED, False, True)
     assert next_state(RetryLater(1, "")) == (DeadLetterState.DEAD, True, False)
 

@@ -332,7 +332,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         ((), "LETTER: dead letters are not selected"),
         ((number, "--all"), "one of the three"),
         (("--all",), "--yes"),
-        (("99999",), "no dead letter 99999"),
+        (("99999",), "dead letter 99999: there is none"),
         (("--reason", "sad", "--yes"), "--reason"),
         (("--older-than", "1y", "--yes"), "--older-than"),
         (("--handler", "other", "--yes"), "--handler 'other'"),

@@ -326,7 +326,7 @@ async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
             await s.flush()
             s.expire(order)
             connection = await s.connection()
-        with pytest.raises(TransactionMisuse, match="was used after it had ended"):
+        with pytest.raises(TransactionMisuse, match="was used after its session had ended"):
             await connection.execute(select(Order))
         async with session(tx) as s:
             with pytest.raises(TransactionMisuse, match="stream"):

@@ -827,7 +827,7 @@ async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
     await mark_settled(place, app)
     before = await all_rows(place.dsn)
     for base, text in [
-        ("insert into public.accounts values (1000, 1)", "--base names public.accounts with its schema"),
+        ("insert into public.accounts values (1000, 1)", "--base: it names public.accounts with its schema"),
         ("insert into accounts values (0, 'x')", "--base: invalid input syntax"),
         ("insert into nowhere values (1)", '--base: relation "nowhere" does not exist'),
         ("copy accounts from stdin", "--base runs COPY"),

@@ -630,7 +630,7 @@ async def test_an_app_is_delivered_to_by_one_at_a_time(exactly_once: ExactlyOnce
     trials = [await exactly_once(app, schema=TABLES) for _ in range(2)]
     deliveries = await asyncio.gather(*(trial.deliver(payment(1)) for trial in trials), return_exceptions=True)
     [refused] = [delivered for delivered in deliveries if not isinstance(delivered, list)]  # whichever came second
-    assert isinstance(refused, Misconfigured) and "'shop' is being delivered to already" in str(refused)
+    assert isinstance(refused, Misconfigured) and "'shop': it is being delivered to already" in str(refused)
     for trial in trials:
         await trial.deliver()
     assert sorted([await rows(trial) for trial in trials]) == [(0, 0, 0), (1, 1, 1)], "what is refused is not appended"
@@ -934,7 +934,7 @@ async def test_role_that_may_not_create_databases_is_an_error(
     finally:
         await query(postgres.dsn(), "drop role poor")
     result.assert_outcomes(failed=1, deselected=5)
-    result.stdout.fnmatch_lines(["E*Misconfigured: PostgreSQL at *: permission denied to create database"])
+    result.stdout.fnmatch_lines(["E*Misconfigured: PostgreSQL at *: permission denied to create database; check *"])
 
 
 def test_a_server_that_does_not_count_is_refused(runs: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
