@@ -7,15 +7,17 @@ is rolled back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from consumer.core.dead_letters import KeyHold
 from consumer.core.delivery import Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.outbox.record import Outgoing, StoredStream
-from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.claims import ExistingClaim
+
+if TYPE_CHECKING:  # the pytest plugin imports this file and must not load the driver
+    from consumer.postgres.application_codecs import Preparer
 
 
 class BatchStore(Protocol):

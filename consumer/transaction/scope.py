@@ -12,14 +12,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from consumer.core.identifiers import ident
 from consumer.deferred_writes.statement_order import Group, commute, group
 from consumer.deferred_writes.writer import BulkWriter
-from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.sql_text import Traits, traits
 from consumer.transaction.publishing import Publisher
+
+if TYPE_CHECKING:  # the pytest plugin imports this file and must not load the driver
+    from consumer.postgres.application_codecs import Preparer
 
 Writes: TypeAlias = Sequence[tuple[str, Sequence[Any]]]  # of one message, in order: SQL and arguments
 

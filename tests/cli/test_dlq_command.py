@@ -166,7 +166,7 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
         (["list", "retry_desk:app", "--state", "death"], ["--state", "did you mean dead?"]),
         (["list", "retry_desk:app", "--by-group", "--handler", "setle"], ["did you mean settle?"]),
         (["list", "retry_desk:app", "--actions", "--topic", "order"], ["did you mean orders?"]),
-        (["show", "retry_desk:app", str(number + 1)], ["there is none"]),
+        (["show", "retry_desk:app", str(number + 1)], ["no dead letter"]),
         (["retry", "retry_desk:app", "--handler", "setle", "--yes"], ["did you mean settle?"]),
         (["retry", "retry_desk:app", "--topic", "order", "--yes"], ["did you mean orders?"]),
         (["retry", "retry_desk:app", "--group", "abcdef0124", "--yes"], ["did you mean abcdef0123?"]),

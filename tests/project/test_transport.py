@@ -106,7 +106,7 @@ async def test_plaintext_is_allowed_for_named_services_only() -> None:
     away = settings_for(dsn, "kafka:9092", "redis://cache:6379/0")
     with pytest.raises(Misconfigured, match=r"kafka at kafka: .*CONSUMER_ALLOW_INSECURE=kafka"):
         await KafkaConsumer(away, None).start(0.1)
-    with pytest.raises(Misconfigured, match=r"redis at cache .*rediss://.*CONSUMER_ALLOW_INSECURE=redis"):
+    with pytest.raises(Misconfigured, match=r"redis at cache: .*rediss://.*CONSUMER_ALLOW_INSECURE=redis"):
         tls.redis_url(away)
     for weak in (
         "ssl_cert_reqs=none",

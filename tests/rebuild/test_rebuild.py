@@ -830,7 +830,7 @@ async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
         ("insert into public.accounts values (1000, 1)", "--base: it names public.accounts with its schema"),
         ("insert into accounts values (0, 'x')", "--base: invalid input syntax"),
         ("insert into nowhere values (1)", '--base: relation "nowhere" does not exist'),
-        ("copy accounts from stdin", "--base runs COPY"),
+        ("copy accounts from stdin", "--base: it runs COPY"),
         ("delete from consumer.ledger", "framework's own"),
     ]:
         with pytest.raises(Misconfigured, match=text):

@@ -418,7 +418,7 @@ async def test_rebuild_says_how_many_calls_it_makes_before_it_starts(place: Plac
     assert applied.returncode == 0, applied.stderr
     findings = shop.rebuild()
     assert "makes up to 7 calls of settle" in findings.stderr
-    is_one_line(shop.replay("--apply", "--call-handlers"), "--call-handlers does not go with --apply")
+    is_one_line(shop.replay("--apply", "--call-handlers"), "--call-handlers: not with --apply")
     is_one_line(shop.replay("--allow-outside"), "--allow-outside: no effect alone")
 
 
