@@ -142,7 +142,7 @@ async def _execute(dsn: str, sql: str) -> None:
 
 
 @pytest.fixture
-async def versions(kafka: Kafka, database: str, tmp_path: Path) -> AsyncIterator[Versions]:
+async def versions(kafka: Kafka, migrated_template: str, database: str, tmp_path: Path) -> AsyncIterator[Versions]:
     yield Versions(kafka.bootstrap_servers, database, await new_topic(kafka.bootstrap_servers, 4), tmp_path)
 
 
@@ -199,6 +199,9 @@ async def test_workers_of_two_versions_apply_once_while_the_schema_is_migrated(v
     assert await query(versions.dsn, "select id from effects group by id having count(*) > 1") == []
     assert await value(versions.dsn, "select sum(balance)::int8 from accounts") == sender.sent
     events = [
-        event["event"] for command in (previous, current) for event in command.events() if event["level"] == "error"
+        event["event"]
+        for command in (previous, current)
+        for event in command.events()
+        if (event["level"], event["logger"]) == ("error", "consumer")
     ]
     assert events == []
