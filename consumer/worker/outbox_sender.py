@@ -56,6 +56,7 @@ class OutboxSender:
         self._background: set[asyncio.Task[None]] = set()
         self._pause = _BACKOFF_SECONDS[0]
         self._is_paused = False
+        self._failure: Exception | None = None
 
     def partitioner(self, topic: str) -> Callable[[bytes | None], int] | None:
         """Return what chooses the partition of a key.
@@ -97,7 +98,12 @@ class OutboxSender:
     # -- sending ------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Send whatever waits and may be sent."""
+        """Send whatever waits and may be sent.
+
+        Raises what ended the sending of a partition: its rows stay in flight, and only another process reads them again.
+        """
+        if self._failure is not None:
+            raise self._failure
         if self._is_paused:
             return
         if self._producer is None:
@@ -115,6 +121,9 @@ class OutboxSender:
                 if not rows:
                     return
                 await self._send_batch(producer, partition, rows)
+        except Exception as error:  # a fault of ours: Kafka's are handled
+            self._failure = error
+            self._wake.set()
         finally:
             del self._sending[partition]
 

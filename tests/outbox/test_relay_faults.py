@@ -20,6 +20,7 @@ from worker_log import WorkerLog
 from consumer import App, Message, Tx
 from consumer.core.message import Partition
 from consumer.kafka.batch_producer import BatchProducer
+from consumer.outbox.send_queues import SendQueues
 from consumer.worker.worker import Worker
 
 
@@ -69,6 +70,28 @@ async def test_lost_answers_and_an_outage_lose_and_reorder_nothing(
             await drained(app, place.settings(), 90)
             await all_published(place)
     assert numbers(await check_published(place, out)) == list(range(120))
+
+
+async def test_fault_of_the_sender_ends_its_worker_and_the_next_one_publishes(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows would stay in flight for ever in a relay that goes on."""
+    topic, out = await place.topic(), await place.topic()
+    app = app_of(topic, out, name())
+    acknowledged = SendQueues.acknowledged
+
+    def failing(self: SendQueues, partition: Partition) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(SendQueues, "acknowledged", failing)
+    await place.send(topic, *messages(0))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(Worker(app, place.settings()).run(), 60)
+    monkeypatch.setattr(SendQueues, "acknowledged", acknowledged)
+    async with working(app, place.settings()):
+        await drained(app, place.settings(), 60)
+        await all_published(place)
+    assert numbers(await check_published(place, out)) == list(range(40))
 
 
 async def test_records_in_flight_at_a_revocation_only_repeat(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
