@@ -44,6 +44,7 @@ class Reporter:
         self._worker = uuid4()
         self._written: list[WaitingRow] = []
         self._written_at = 0.0
+        self._is_unsure = False  # a write began, and its answer is not known
         self._owned: set[Partition] = set()
         self._taking_over: dict[Partition, float] = {}  # until when rows of an earlier owner are searched
         self._handlers: set[int] = set()
@@ -94,12 +95,14 @@ class Reporter:
             self._taking_over[partition] = now + 3 * waiting_messages.RENEW_SECONDS
         self._owned = owned
         self._handlers |= set(names)
-        if (rows or self._written) and (
-            _steady(rows) != _steady(self._written) or now - self._written_at > waiting_messages.RENEW_SECONDS
+        if (rows or self._written or self._is_unsure) and (
+            self._is_unsure
+            or _steady(rows) != _steady(self._written)
+            or now - self._written_at > waiting_messages.RENEW_SECONDS
         ):
-            self._written = [*self._written, *rows]  # what may be stored if the answer is lost
+            self._is_unsure = True
             await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
-            self._written, self._written_at = rows, now
+            self._written, self._written_at, self._is_unsure = rows, now, False
         if self._taking_over:
             numbers = sorted({handler.number for lane in self._lanes for handler in lane.scheduler.handlers()})
             await waiting_messages.take_over(
@@ -123,10 +126,10 @@ class Reporter:
 
         stays: the worker stops; the rows are brought up to date instead, for `consumer status`.
         """
-        if not self._written:
+        if not self._written and not self._is_unsure:
             return
         rows = self.rows()[0] if stays else []
-        self._written = []
+        self._written, self._is_unsure = [], False
         with suppress(Exception):
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
