@@ -38,8 +38,8 @@ SETTLES = """(d.state <> 'applied' or not exists (
         select from consumer.ledger l join consumer.topics t on t.topic = l.topic
         where (l.handler, l.id, t.name, l.partition, l."offset") = (d.handler, d.id, d.topic, d.partition, d."offset")
           and (l.applied_at is null or (l.fingerprint <> d.fingerprint and not exists (
-              select from consumer.audit a join consumer.letter_results r using (entry)
-              where a.dead_letter = d.dead_letter and r.new_value is not null)))))"""
+              select from consumer.audit a
+              where a.dead_letter = d.dead_letter and a.action = 'dlq edit' and a.result = 'applied')))))"""
 _LETTER = """
 insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
        header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace, seal)

@@ -256,6 +256,14 @@ async def test_an_edit_is_the_same_intent_or_a_new_one_and_counts_once(shop: Sho
     await shop.consume()
     assert len(await shop.done()) == 4
     await shop.replay_is_ok()
+    await shop.dlq(tmp_path, "erase", *(str(numbers[id]) for id in ("same", "new")), "--why", "a request", "--yes")
+    for id in ("same", "new"):  # of an edit that is erased, they still are
+        await shop.send(id, key=id)
+    await shop.consume()
+    assert len(await shop.done()) == 4
+    [counted] = (await counts(shop.app, shop.place.dsn)).values()
+    assert sum(counted["duplicates"].values()) == 4, counted
+    await shop.replay_is_ok()
 
 
 async def test_discarded_dead_letter_leaves_a_trace_and_frees_its_key(shop: Shop, tmp_path: Path) -> None:

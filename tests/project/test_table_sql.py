@@ -73,7 +73,6 @@ ALSO = {
     ("dead_letters.py", "ledger"): "whether a dead letter was applied later",
     ("dead_letters.py", "letters_to_publish"): "a new dead letter is put on its way in the batch's transaction",
     ("dead_letters.py", "audit"): "whether an operator has edited a dead letter",
-    ("dead_letters.py", "letter_results"): "whether an operator has edited a dead letter",
     ("dead_letter_actions.py", "dead_letters"): "what operators write; dead_letters.py is what batches write",
     ("dead_letter_actions.py", "held"): "the last dead letter of a chain releases it",
     ("dead_letter_queries.py", "dead_letters"): "reads of commands",
