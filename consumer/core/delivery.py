@@ -43,10 +43,10 @@ class Delivery(msgspec.Struct, eq=False):
     (tests/core/test_delivery.py compares this with the code):
 
     - id, fingerprint, value: transaction/identify.py, the first step of a batch.
-    - outcome: identify.py (unreadable), precheck/client.py (known to Redis), transaction/handler_runner.py (of handlers
-      that opted out), transaction/isolate.py (at fault), transaction/result.py (none again, when it is retried), and
+    - outcome: identify.py (unreadable), precheck/client.py (known to Redis), transaction/observe.py (of handlers that
+      opted out), transaction/isolate.py (at fault), transaction/result.py (none again, when it is retried), and
       effects/ (its call failed, or waits), and rebuild/, which settles what the ledger knows.
-    - attempts: handler_runner.py, isolate.py, effects/, and result.py after the COMMIT.
+    - attempts: observe.py, isolate.py, effects/, and result.py after the COMMIT.
     - reruns, call_alone, success_mark, failure_cause: isolate.py.
     - delayed: core/ordering.py.
     - reply: effects/, before the transaction.

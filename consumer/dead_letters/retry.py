@@ -40,8 +40,8 @@ from consumer.postgres.handlers import topic_numbers
 from consumer.settings import Settings
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.errors import error_text
-from consumer.transaction.handler_runner import observe
 from consumer.transaction.isolate import FAILURES_MAX, Part
+from consumer.transaction.observe import observe
 from consumer.transaction.result import BEHIND_RETRY, NEXT_BATCH, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 

@@ -32,8 +32,9 @@ from consumer.effects.steps import Intent, Step, may_withdraw, next_step
 from consumer.postgres import effects
 from consumer.postgres.protocol import Connection
 from consumer.postgres.session import Session
+from consumer.transaction.arguments import argument_of
+from consumer.transaction.chains import in_chains
 from consumer.transaction.errors import facts_of, transaction
-from consumer.transaction.handler_runner import argument_of, in_chains
 from consumer.transaction.invoke import finish_call
 from consumer.transaction.isolate import decide
 from consumer.transaction.limits import CallTracker
@@ -242,7 +243,7 @@ class EffectStage:
 
         async def call() -> None:
             assert handler.call is not None
-            argument = argument_of(delivery, wants_message=handler.wants_message)
+            argument = argument_of(delivery, handler)
             results.append(await handler.call(argument, argument, Call(intent.key, intent.attempts)))
 
         await finish_call(handler, call(), None, [delivery], self.calls)

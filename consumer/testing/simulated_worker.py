@@ -31,9 +31,9 @@ from consumer.testing.outside_statements import Watch
 from consumer.testing.server import BE_COUNTED, close
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.errors import error_text, is_uncounted
-from consumer.transaction.handler_runner import observe
 from consumer.transaction.identify import identify
 from consumer.transaction.isolate import PUT_ASIDE, Part, TransactionPoisoned
+from consumer.transaction.observe import observe
 from consumer.transaction.result import BatchResult, LedgerIds, complete
 from consumer.transaction.settle import next_parts, settle
 

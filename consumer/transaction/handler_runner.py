@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from typing import Any
@@ -19,12 +19,13 @@ from consumer.core.delivery import Delivery
 from consumer.core.errors import TransactionMisuse, Unreadable
 from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
-from consumer.core.message import LogRecord, Message
-from consumer.core.outcome import SKIPPED, Reason, RetryLater
+from consumer.core.outcome import RetryLater
 from consumer.outbox.record import Outgoing
+from consumer.transaction.arguments import argument_of
 from consumer.transaction.batch_store import BatchStore
+from consumer.transaction.chains import in_chains
 from consumer.transaction.errors import facts_of, raise_for_transaction, statements_of_messages
-from consumer.transaction.identify import decoded, take_value
+from consumer.transaction.identify import decoded
 from consumer.transaction.invoke import finish_call, start_call
 from consumer.transaction.isolate import TransactionPoisoned, decide
 from consumer.transaction.limits import CallTracker, HandlerTimeout
@@ -171,7 +172,7 @@ class HandlerRunner:
         if self._use_savepoints:
             return self.run_between_savepoints(delivery, tx)
         try:
-            argument = _argument(delivery)
+            argument = argument_of(delivery, delivery.handler)
         except Exception as error:
             return self._failed(delivery, tx, error)
         call = start_call(delivery.handler, argument, tx, self._calls)
@@ -182,7 +183,7 @@ class HandlerRunner:
     async def run_between_savepoints(self, delivery: Delivery, tx: Tx) -> None:
         """Run a message so that its failure undoes only its own writes."""
         try:
-            argument = _argument(delivery)
+            argument = argument_of(delivery, delivery.handler)
             await self._call(
                 delivery.handler, lambda: self._start_timed(delivery.handler, argument, tx), tx, [delivery]
             )
@@ -229,7 +230,7 @@ class HandlerRunner:
             return
         tx = Tx(self._scope, deliveries, asyncio.current_task())
         try:
-            arguments = tx.arguments = [_argument(delivery) for delivery in deliveries]
+            arguments = tx.arguments = [argument_of(delivery, delivery.handler) for delivery in deliveries]
             await self._call(handler, lambda: self._start_timed(handler, arguments, tx), tx, deliveries)
         except Exception as error:
             if len(deliveries) == 1:
@@ -350,117 +351,3 @@ def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery
         chunk.append(delivery)
     if chunk:
         yield chunk
-
-
-async def in_chains(
-    deliveries: Iterable[Delivery],
-    limit: int,
-    run_one: Callable[[Delivery, asyncio.Task[Any] | None], Coroutine[Any, Any, None]],
-) -> None:
-    """Run `limit` messages at a time, those of one key in turn.
-
-    The first exception ends all.
-    """
-    chains: dict[Hashable, list[Delivery]] = {}
-    for delivery in deliveries:
-        chains.setdefault(delivery.ordering_key(), []).append(delivery)
-    waiting = iter(chains.values())
-
-    async def work() -> None:
-        task = asyncio.current_task()
-        for chain in waiting:
-            for delivery in chain:
-                await run_one(delivery, task)
-
-    tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(chains)))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _argument(delivery: Delivery) -> Any:
-    return _message(delivery) if delivery.handler.wants_message else take_value(delivery)
-
-
-def argument_of(delivery: Delivery, *, wants_message: bool) -> Any:
-    """Return what a function gets for a message. Raises Unreadable."""
-    return _message(delivery) if wants_message else take_value(delivery)
-
-
-def _message(delivery: Delivery) -> Message[Any]:
-    record = delivery.record
-    return Message(
-        id=delivery.id.hex(),
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        key=record.key,
-        headers=tuple(record.headers),
-        timestamp=record.timestamp,
-        value=take_value(delivery),
-        app=delivery.handler.app,
-        handler=delivery.handler.name,
-    )
-
-
-# -- handlers that opted out of the guarantee -------------------------------------------------------------------------
-
-
-async def observe(
-    deliveries: Iterable[Delivery], random: Callable[[], float], calls: CallTracker | None = None
-) -> list[tuple[Delivery, Exception]]:
-    """Run the handlers that opted out, before any transaction. Returns what failed.
-
-    Their messages end as skipped. One that fails is retried by its policy and then a dead letter, like any other; a
-    batch that fails as a whole is called again message by message.
-    """
-    errors: list[tuple[Delivery, Exception]] = []
-    blocked: set[Hashable] = set()  # ordering keys whose message failed: later ones wait behind it
-    by_handler: dict[Handler, list[Delivery]] = {}
-    for delivery in deliveries:
-        if not delivery.handler.idempotent and delivery.outcome is None:
-            by_handler.setdefault(delivery.handler, []).append(delivery)
-
-    async def one(delivery: Delivery, _: object) -> None:
-        if blocked and delivery.ordering_key() in blocked:
-            delivery.outcome = BEHIND_RETRY
-            return
-        try:
-            await _observe(delivery.handler, [delivery], calls)
-            delivery.outcome = SKIPPED
-        except Exception as error:
-            facts = facts_of(error, delivery.handler.place)
-            delivery.outcome, delivery.attempts = decide(delivery, facts, random)
-            errors.append((delivery, error))
-            if isinstance(delivery.outcome, RetryLater):
-                blocked.add(delivery.ordering_key())
-
-    for handler, messages in by_handler.items():
-        if handler.batch is None:
-            await in_chains(messages, handler.concurrency, one)
-            continue
-        for start in range(0, len(messages), handler.batch):
-            chunk = messages[start : start + handler.batch]
-            try:
-                await _observe(handler, chunk, calls)
-            except Exception:
-                await in_chains(chunk, 1, one)
-            else:
-                for delivery in chunk:
-                    delivery.outcome = SKIPPED
-    return errors
-
-
-async def _observe(handler: Handler, deliveries: Sequence[Delivery], calls: CallTracker | None) -> None:
-    for delivery in deliveries:
-        if isinstance(delivery.record, LogRecord) and delivery.record.fault:
-            raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
-    values = [_argument(delivery) for delivery in deliveries]
-    since = time.monotonic()
-    call = start_call(handler, values if handler.batch is not None else values[0], None, calls)
-    if call is None and calls is not None:
-        calls.ran(handler, time.monotonic() - since)
-    await finish_call(handler, call, None, deliveries, calls)

@@ -27,10 +27,10 @@ from consumer.settings import Settings
 from consumer.transaction import apply
 from consumer.transaction.dead_letter_rate import DeadLetterRateLimit, TooManyDeadLetters
 from consumer.transaction.errors import facts_of
-from consumer.transaction.handler_runner import observe
 from consumer.transaction.identify import identify
 from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned, run_smaller
 from consumer.transaction.limits import HandlerTimeout, HandlerUncancellable
+from consumer.transaction.observe import observe
 from consumer.transaction.result import BatchResult
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 from consumer.worker.batch_results import BatchResults

@@ -18,7 +18,7 @@ NAMES = {"delivery", "message"}  # what a Delivery is called
 WRITERS = {
     "transaction/identify.py": {"id", "fingerprint", "value", "outcome"},
     "precheck/client.py": {"outcome"},
-    "transaction/handler_runner.py": {"outcome", "attempts"},
+    "transaction/observe.py": {"outcome", "attempts"},
     "transaction/isolate.py": {"outcome", "attempts", "reruns", "call_alone", "success_mark", "failure_cause"},
     "transaction/result.py": {"outcome", "attempts"},
     "core/ordering.py": {"delayed"},
