@@ -307,7 +307,8 @@ class EffectDeclaration:
     def settled(self, function: F) -> F:
         """Register the handler that applies the result.
 
-        It runs in one transaction with the claim, and takes the message, the result and what other handlers take, such as Tx. The function is returned unchanged.
+        It runs in one transaction with the claim. It takes the message, the result, and what other handlers take (Tx, for
+        example). The function is returned unchanged.
         """
         settle_with(self._handler, function, Tx)
         _open_sessions(self._handler)

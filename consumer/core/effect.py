@@ -25,8 +25,8 @@ STEP = "call"  # of the key of an effect's call
 class Call:
     """One call of another system.
 
-    The function of an effect gets it.     key: 32 hexadecimal digits to send as the idempotency key. Every call for the same message has the same key. attempt:
-    how many calls were begun for the message, with this one.
+    The function of an effect gets it. key: 32 hexadecimal digits to send as the idempotency key, the same ones in every
+    call for one message. attempt: how many calls were begun for the message, with this one.
     """
 
     key: str

@@ -1,9 +1,9 @@
 """Sends whole record batches, each of one output partition.
 
-Kafka takes or refuses a record batch as a whole. The producer is not idempotent in Kafka's sense: one batch of a partition
-is in flight, so a lost answer can only repeat it, which its ids allow anyway; while that of aiokafka stays broken after some
-errors (aiokafka#1017), and a refused batch leaves a gap in its sequence. Limitations: after an error, abandon it and open
-another one.
+Kafka takes or refuses a record batch as a whole. This is not Kafka's idempotent producer: in aiokafka it stays broken after
+some errors (aiokafka#1017), and a refused batch leaves a gap in its sequence. It is not needed either: only one batch of a
+partition is in flight, so a lost answer can only repeat that batch, and readers recognize its ids. Limitations: after an
+error, abandon the producer and open another one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Refused(Exception):
 
 
 class BatchProducer:
-    """A producer of which all replicas in sync acknowledge every batch."""
+    """A producer that waits until all in-sync replicas have a batch."""
 
     def __init__(self, producer: AIOKafkaProducer) -> None:
         self._producer: Any = producer

@@ -21,7 +21,7 @@ class Kind(Enum):
     COUNTER = "counter"  # added; it stays when its worker ends
     HISTOGRAM = "histogram"  # likewise
     GAUGE = "gauge"  # added, of the workers that run
-    HIGHEST = "highest"  # a gauge of which the largest counts
+    HIGHEST = "highest"  # a gauge: the largest value of all workers counts
 
 
 class Source(Enum):
@@ -37,7 +37,7 @@ class Source(Enum):
 class Metric:
     """One metric.
 
-    name: without the prefix. bounded: a label whose values are not known beforehand. buckets: upper bounds of a histogram,
+    name: without the prefix. bounded: a label with values that only the running App knows. buckets: upper bounds of a histogram,
     without infinity.
     """
 

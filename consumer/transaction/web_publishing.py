@@ -42,7 +42,7 @@ class Publishing:
         """Publish a record to a topic once the transaction has committed.
 
         It reaches Kafka at least once, under one message id. Records of one key keep their order within the transaction,
-        and across transactions of which one began to publish after the other had committed.
+        and across transactions if the second began to publish after the first had committed.
 
         - topic: one of App(publishes=[...]).
         - value: bytes and str as they are, None as a tombstone, anything else as JSON.

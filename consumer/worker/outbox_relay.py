@@ -1,9 +1,9 @@
 """Publishes the outbox of one database.
 
-It has the streams of the partitions that this worker owns, and with one of them those of `app.publishing`. A lane hands over its rows when its COMMIT has returned. Rows
-that are not in memory (of an earlier owner, of a command, of a COMMIT whose answer was lost, or beyond the memory's bound)
-are read from the table. The table decides; memory is a shortcut. Limitations: does not know whether it still owns a
-partition; a late relay only repeats rows under their ids.
+It has the streams of the partitions that this worker owns; with one of the partitions come those of `app.publishing`. A
+lane hands over its rows when its COMMIT has returned. Rows that are not in memory (of an earlier owner, of a command, of a
+COMMIT that got no answer, or beyond the memory's bound) are read from the table. The table decides; memory is a shortcut.
+Limitations: does not know whether it still owns a partition; a late relay only repeats rows under their ids.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 -- A stream numbers its rows under a lock that is held until COMMIT: web requests would wait for each other. Here they only
 -- insert. A worker moves the rows that it sees, which are committed, in the order of `place`, and deletes them here in the
 -- same transaction. There is no cursor, so a row that is committed late is moved late and never passed; a transaction that
--- stays open delays its own rows only. Of two transactions, one of which began to publish after the other had committed, the
--- first one's places are lower, and a reader that sees the second one's rows sees the first one's.
+-- stays open delays only its own rows. If a transaction begins to publish after another has committed, its places are higher,
+-- and whoever sees its rows sees those of the earlier transaction too.
 create table consumer.outbox_intake (
     app        text not null,
     place      bigint generated always as identity,
