@@ -24,7 +24,7 @@ from pathlib import Path
 import asyncpg
 import bench as drains
 from bench import Bench, Produced, Workload, servers
-from scenarios import Contestant, Row, table, turns
+from contest import Contestant, Row, table, turns
 
 from consumer import logs
 from consumer.worker.event_loop import run as run_loop

@@ -14,8 +14,8 @@ import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from application import INSERT, UPDATE, Payment, decode
 from bench import NAIVE_MESSAGES, SETTLED, Bench, Produced, Workload, body
+from contest import Options, Row, ScenarioResult, rows_of, turns
 from harness import new_topic
-from scenarios import Found, Options, Row, rows_of, turns
 
 from consumer import App, Message, Tx
 from consumer.outbox.record import StoredStream
@@ -163,7 +163,7 @@ class _Contest:
         return len(self.produced.entries) / seconds
 
 
-async def publishing(bench: Bench, given: Options) -> Found:
+async def publishing(bench: Bench, given: Options) -> ScenarioResult:
     """Consume, write and publish one record for each message."""
     produced = await bench.produced(Workload(given.messages, partitions=_PARTITIONS))
     contest = _Contest(bench, produced)
@@ -175,14 +175,14 @@ async def publishing(bench: Bench, given: Options) -> Found:
         "limit: aiokafka's producer alone": contest.producer_alone,
     }
     speeds = await turns(contestants, given.rounds)
-    return Found(
+    return ScenarioResult(
         f"{given.messages:,} messages, 10 % of them duplicates, each with two writes and one published record; until Kafka has "
         "acknowledged the last one. The loop by hand is not safe: a crash between COMMIT and send loses the record.",
         rows_of(speeds, BY_HAND),
     )
 
 
-async def publishing_latency(bench: Bench, given: Options) -> Found:
+async def publishing_latency(bench: Bench, given: Options) -> ScenarioResult:
     """From the return of COMMIT to Kafka's acknowledgement, at a steady rate."""
     dsn = await bench.database()
     topic = await new_topic(bench.kafka.bootstrap_servers, _PARTITIONS)
@@ -222,7 +222,7 @@ async def publishing_latency(bench: Bench, given: Options) -> Found:
         "p99, ms": f"{waits[len(waits) * 99 // 100] * 1000:.1f}",
         "highest, ms": f"{waits[-1] * 1000:.0f}",
     }
-    return Found(
+    return ScenarioResult(
         "From the return of COMMIT to Kafka's acknowledgement; producer, worker and servers on one machine.", [row]
     )
 

@@ -23,9 +23,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import ROOT, Bench, servers
+from contest import Options, ScenarioResult, table
 from plot import bars
 from publishing import publishing, publishing_latency
-from scenarios import SCENARIOS, UNUSUAL, Found, Options, table
+from scenarios import SCENARIOS, UNUSUAL
 
 from consumer import logs
 from consumer.worker.event_loop import run as run_loop
@@ -38,8 +39,8 @@ SCENARIOS |= {
 }
 
 
-async def run(names: list[str], options: Options) -> dict[str, Found]:
-    results: dict[str, Found] = {}
+async def run(names: list[str], options: Options) -> dict[str, ScenarioResult]:
+    results: dict[str, ScenarioResult] = {}
     with ExitStack() as stack:
         kafka, postgres, valkey = (stack.enter_context(server) for server in servers())
         bench = Bench(kafka, postgres, valkey)
@@ -51,11 +52,11 @@ async def run(names: list[str], options: Options) -> dict[str, Found]:
     return results
 
 
-def section(name: str, result: Found) -> str:
+def section(name: str, result: ScenarioResult) -> str:
     return f"### {SCENARIOS[name][0]}\n\n{result.about}\n\n{table(result.rows)}\n"
 
 
-def write(names: list[str], results: dict[str, Found], options: Options) -> None:
+def write(names: list[str], results: dict[str, ScenarioResult], options: Options) -> None:
     """Replace the page's measured parts, between their marks, and the plot."""
     text = PAGE.read_text("utf-8")
     for name in names:
