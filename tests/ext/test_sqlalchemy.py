@@ -18,7 +18,7 @@ from typing import Any
 import asyncpg
 import pytest
 import sqlmodel
-from harness import Place, Sent, as_worker, consume_all, migrated, query, settings_for, value
+from harness import Place, Sent, as_worker, consume_all, execute, migrated, query, settings_for, value
 from rebuild_runs import message_id, rebuilt
 from replay_runs import outcome_counts, run_replay
 from sqlalchemy import ARRAY, ForeignKey, Numeric, String, delete, func, insert, select, text, update
@@ -90,15 +90,6 @@ select (select json_agg(o order by id) from orders o)::text, (select json_agg(l 
        (select json_agg(n order by id) from notes n)::text
 """
 ONE = uuid.UUID(int=1)
-
-
-async def execute(dsn: str, sql: str) -> None:
-    """Run several statements as the owner of the database."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(sql)
-    finally:
-        await connection.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import asyncpg
 import pytest
-from harness import Place, Sent, as_worker, consume_all, migrated, query, settings_for, value
+from harness import Place, Sent, as_worker, consume_all, execute, migrated, query, settings_for, value
 from outgoing import publish_all, records_of
 from rebuild_runs import rebuilt
 from replay_runs import ledger_id, outcome_counts, run_replay
@@ -77,15 +77,6 @@ THINGS = [thing(n) for n in range(24)]
 
 async def things(connection: Any) -> list[Any]:
     return [tuple(row) for row in await connection.fetch(f"select n, {COLUMNS} from things order by n")]
-
-
-async def execute(dsn: str, sql: str) -> None:
-    """Run several statements as the owner of the database."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(sql)
-    finally:
-        await connection.close()
 
 
 async def settings_of(dsn: str) -> Settings:

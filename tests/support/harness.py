@@ -98,6 +98,15 @@ async def query(dsn: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
         await connection.close()
 
 
+async def execute(dsn: str, script: str) -> None:
+    """Run several statements, which take no arguments."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(script)
+    finally:
+        await connection.close()
+
+
 async def value(dsn: str, sql: str, *args: Any) -> Any:
     """The first column of the first row."""
     return (await query(dsn, sql, *args))[0][0]

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from harness import Place, Sent, consume_all, drained, letters, until, value, working
+from harness import Place, Sent, consume_all, drained, execute, letters, until, value, working
 from payments_app import INSERT, Payment
 
 from consumer import App, Retry, RunAgain, Tx
@@ -118,7 +118,7 @@ OF_ONE = {
 async def test_message_that_alone_fails_becomes_a_dead_letter(place: Place, name: str, deferred: bool) -> None:
     before, statement, code = OF_ONE[name]
     if before:
-        await query_all(place, before)
+        await execute(place.dsn, before)
     topic = await place.topic()
     app = app_of(topic, statement, deferred=deferred)
     await place.send(topic, payment("bad", -1), *[payment(f"p{n}") for n in range(20)])
@@ -138,14 +138,6 @@ async def test_message_that_alone_fails_becomes_a_dead_letter(place: Place, name
     assert (letter["reason"], letter["kind"]) == ("failed", code)
     assert len(await place.effects()) == 20 + more
     assert await waits(place, app) == []
-
-
-async def query_all(place: Place, script: str) -> None:
-    connection = await asyncpg.connect(place.dsn)
-    try:
-        await connection.execute(script)
-    finally:
-        await connection.close()
 
 
 # name -> what breaks it for all, what each message runs, what mends it, code
@@ -198,7 +190,7 @@ async def test_a_handler_whose_messages_all_fail_alike_waits_and_buries_nothing(
     before, statement, mend, code = OF_ALL[name]
     if name == "missing_reference" and messages == 1:
         pytest.skip("a lone violation of a constraint is its message's: its retry policy decides")
-    await query_all(place, before)
+    await execute(place.dsn, before)
     topic = await place.topic(2)
     app = app_of(topic, statement, retry=Retry(attempts=1, base=0.02, cap=0.2))
     await place.send(topic, *[payment(f"p{n}", n) for n in range(messages)])
@@ -213,8 +205,8 @@ async def test_a_handler_whose_messages_all_fail_alike_waits_and_buries_nothing(
         assert all(row["systemic"] and code in row["error"] and row["handler"] == "settle" for row in waiting)
         assert await letters(place.dsn) == []
         assert await value(place.dsn, "select count(*) from consumer.attempts where attempts > 0") == 0
-        await query_all(place, mend)
-        await query_all(place, 'grant all on all tables in schema public to "test-worker"')
+        await execute(place.dsn, mend)
+        await execute(place.dsn, 'grant all on all tables in schema public to "test-worker"')
         await drained(app, place.settings())
 
         async def over() -> bool:
@@ -341,7 +333,7 @@ async def test_waiting_for_another_topic_does_not_delay_that_topic(place: Place)
         tx.defer(INSERT, f"order {payment.id}", 1, 1)
 
     names = [f"p{n}" for n in range(600)]
-    await query_all(place, "create index on effects (id)")
+    await execute(place.dsn, "create index on effects (id)")
     await place.send(shipped, *map(payment, names))
     settings = place.settings(parked_messages_max=100, lanes=1)
     async with working(app, settings) as worker:
@@ -440,7 +432,7 @@ async def test_handler_that_fails_for_all_delays_no_other_handler(place: Place, 
         await until("all of the broken one to be shown", shown)
         assert {row["handler"] for row in await waits(place, app)} == {"broken"}
         assert await letters(place.dsn) == []
-        await query_all(place, 'create table later (id text); grant all on later to "test-worker"')
+        await execute(place.dsn, 'create table later (id text); grant all on later to "test-worker"')
         await drained(app, place.settings())
     assert await value(place.dsn, "select count(distinct id) from later") == 40
     assert await value(place.dsn, "select count(*) from later") == 40

@@ -25,6 +25,7 @@ from harness import (
     WORKER_RIGHTS,
     Command,
     as_worker,
+    execute,
     new_topic,
     produce,
     query,
@@ -115,7 +116,7 @@ class Versions:
     async def migrate(self, version: int) -> str:
         """Migrate, and give the workers' role what this version needs."""
         answer = await self.command(version, "migrate")
-        await _execute(self.dsn, await self.command(version, "migrate", "--grants", WORKER))
+        await execute(self.dsn, await self.command(version, "migrate", "--grants", WORKER))
         return answer
 
     def run(self, version: int) -> AbstractAsyncContextManager[Command]:
@@ -131,14 +132,6 @@ class Versions:
     async def applied(self, version: int | None = None) -> int:
         sql = "select count(distinct id) from effects where $1::int is null or account = $1"
         return int(await value(self.dsn, sql, version))
-
-
-async def _execute(dsn: str, sql: str) -> None:
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(sql)
-    finally:
-        await connection.close()
 
 
 @pytest.fixture
@@ -178,14 +171,14 @@ async def _applies(versions: Versions, version: int | None, count: int, *, more:
 @pytest.mark.timeout(600)
 async def test_workers_of_two_versions_apply_once_while_the_schema_is_migrated(versions: Versions) -> None:
     assert "applied: 0001" in await versions.migrate(PREVIOUS)
-    await _execute(versions.dsn, TABLES + WORKER_RIGHTS)
+    await execute(versions.dsn, TABLES + WORKER_RIGHTS)
     sender = Sender(versions)
     async with versions.run(PREVIOUS) as previous:
         await _applies(versions, PREVIOUS, 100)
         # The owner migrates; the workers' role has what the version before gave it, until the grants are run.
         assert f"applied: {len(schema.migrations()):04}" in await versions.command(CURRENT, "migrate")
         await _applies(versions, PREVIOUS, 100)
-        await _execute(versions.dsn, await versions.command(CURRENT, "migrate", "--grants", WORKER))
+        await execute(versions.dsn, await versions.command(CURRENT, "migrate", "--grants", WORKER))
         async with versions.run(CURRENT) as current:
             await _applies(versions, CURRENT, 100)
             await _applies(versions, PREVIOUS, 100)
