@@ -81,7 +81,7 @@ async def test_messages_of_an_open_transaction_are_applied_after_its_commit(plac
             await producer.begin_transaction()
             await producer.send_and_wait(topic, body("inside"), headers=[("message-id", b"inside")])
             await place.send(topic, Sent(body("after"), id="after"))
-            await drained(app, place.settings())  # up to the last stable offset
+            await drained(app, place.settings(), open_transaction=True)
             assert await query(place.dsn, "select id from effects") == [("before",)]
             await producer.commit_transaction()
 

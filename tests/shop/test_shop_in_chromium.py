@@ -242,7 +242,8 @@ async def test_worker_killed_between_tap_and_effect(shop: Shop, browser: Browser
     """SIGKILL while the worker has the message and cannot commit.
 
     The test locks the positions. In the sandbox the charge is stored by then, in a transaction of its own, and the
-    message comes again. With the ledger, charge and claim are in the transaction that is lost.
+    message comes again, more than once if the next worker's wait for the lock ends first. With the ledger, charge and
+    claim are in the transaction that is lost.
     """
     with opened(browser, shop) as (_, tab):
         order = set_switches(tab, ledger=ledger)
@@ -277,7 +278,9 @@ async def test_worker_killed_between_tap_and_effect(shop: Shop, browser: Browser
 
         await until("the next worker to charge it", again)
         shown = settled(tab, order, 1)
-        assert await shop.charges(order) == shown["charged"]["times"] == (1 if ledger else 2)
+        charges = await shop.charges(order)
+        assert charges == shown["charged"]["times"]
+        assert charges == 1 if ledger else charges >= 2
         if not ledger:
             assert "delivered again" in shown["messages"][0]["fate"]
 
