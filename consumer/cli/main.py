@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -17,9 +18,9 @@ import typer
 from consumer.cli import interrupts
 from consumer.cli.framework import cli
 
-# Each module registers its commands. `run` imports only its own, so it starts sooner.
-_RUN = "run"
-_OTHERS = (
+# Each module registers its commands.
+_MODULES = (
+    "run",
     "config",
     "migrate",
     "status",
@@ -38,17 +39,27 @@ _OTHERS = (
     "republish",
     "demo",
 )
+# Of commands that are not in the one module of their name.
+_MODULES_OF = {
+    "dlq": ("dlq", "dlq_settle", "dlq_erase"),
+    "probe": ("status",),
+    "resume": ("pause",),
+}
 
 
 def whole() -> typer.Typer:
     """Import every command; return the complete command line."""
-    for module in (_RUN, *_OTHERS):
+    return _with(_MODULES)
+
+
+def only(name: str) -> typer.Typer:
+    """Import what one command needs, so that it starts sooner; everything for another name."""
+    return _with(_MODULES_OF.get(name) or ((name,) if name in _MODULES else _MODULES))
+
+
+def _with(modules: Sequence[str]) -> typer.Typer:
+    for module in modules:
         importlib.import_module(f"consumer.cli.{module}")
-    return cli
-
-
-def _only_run() -> typer.Typer:
-    importlib.import_module(f"consumer.cli.{_RUN}")
     return cli
 
 
@@ -62,7 +73,7 @@ def main() -> None:
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - open until the process ends
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     interrupts.end_at_once()
-    (_only_run() if sys.argv[1:2] == [_RUN] else whole())(prog_name="consumer")
+    only(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="consumer")
 
 
 def _version(wanted: bool) -> None:

@@ -5,7 +5,10 @@ No Python type; each flag with its default and variable.
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -124,3 +127,27 @@ def test_flags_of_a_command_are_in_small_groups(command: tuple[str, ...]) -> Non
     assert {name: count for name, count in groups.items() if count > OWN_FLAGS_MAX} == {}
     if any(param.name == "as_json" for param in own):
         assert groups["Answer"]
+
+
+# A process for each command, which has imported what only() imports for it and nothing else.
+_ONLY = """
+import json, os, sys, typer
+import consumer.cli.framework
+for name, expected in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        from consumer.cli.main import only
+        command = typer.main.get_command(only(name)).commands.get(name)
+        print(name if command is None or sorted(getattr(command, "commands", [])) != expected else "", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_command_alone_is_all_of_it() -> None:
+    expected: dict[str, list[str]] = {}
+    for name, *below in COMMANDS:
+        expected[name] = sorted([*expected.get(name, []), *below])
+    result = subprocess.run(
+        [sys.executable, "-c", _ONLY, json.dumps(expected)], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert result.stdout.split() == [] and len(result.stdout.splitlines()) == len(expected)

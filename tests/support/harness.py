@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -343,13 +344,15 @@ async def running(
 
 
 Result = subprocess.CompletedProcess[str]
+# What the interpreter, typer and rich read before a command begins: it cannot be set for a fork.
+AT_START = re.compile(r"PYTHON(?!PATH)|COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|LANG|LC_|COV_")
 
 
 def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
     """`consumer …` with nothing from this process's own settings."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     every = {**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment}
-    if all(name.startswith("CONSUMER_") or name == "PYTHONPATH" for name in environment):
+    if not any(AT_START.match(name) for name in environment):
         return prefork.run(arguments, cwd, every, 60)
     return subprocess.run(
         [sys.executable, "-m", "consumer", *arguments],
