@@ -1,4 +1,4 @@
-"""Scenarios about space and cost: a full ledger, WAL and CPU time of a message, memory."""
+"""Scenarios about cost: a full ledger, WAL, CPU time, memory."""
 
 from __future__ import annotations
 

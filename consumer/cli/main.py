@@ -53,7 +53,10 @@ def whole() -> typer.Typer:
 
 
 def only(name: str) -> typer.Typer:
-    """Import what one command needs, so that it starts sooner; everything for another name."""
+    """Import what one command needs, so that it starts sooner.
+
+    Everything for a name that is none.
+    """
     return _with(_MODULES_OF.get(name) or ((name,) if name in _MODULES else _MODULES))
 
 

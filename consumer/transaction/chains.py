@@ -1,4 +1,4 @@
-"""Runs calls at the same time, those of one ordering key in turn."""
+"""Runs calls concurrently, but calls of one ordering key in turn."""
 
 from __future__ import annotations
 

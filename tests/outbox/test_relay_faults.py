@@ -75,7 +75,7 @@ async def test_lost_answers_and_an_outage_lose_and_reorder_nothing(
 async def test_fault_of_the_sender_ends_its_worker_and_the_next_one_publishes(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows would stay in flight for ever in a relay that goes on."""
+    """A relay that goes on would keep its rows in flight."""
     topic, out = await place.topic(), await place.topic()
     app = app_of(topic, out, name())
     acknowledged = SendQueues.acknowledged

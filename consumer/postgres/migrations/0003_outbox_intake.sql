@@ -4,7 +4,7 @@
 -- insert. A worker moves the rows that it sees, which are committed, in the order of `place`, and deletes them here in the
 -- same transaction. There is no cursor, so a row that is committed late is moved late and never passed; a transaction that
 -- stays open delays only its own rows. If a transaction begins to publish after another has committed, its places are higher,
--- and whoever sees its rows sees those of the earlier transaction too.
+-- and a reader that sees its rows sees those of the earlier transaction too.
 create table consumer.outbox_intake (
     app        text not null,
     place      bigint generated always as identity,
