@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KAFKA := .cache/kafka
 PROMETHEUS := .cache/prometheus
+HELM := .cache/helm
 SUPPLY := .cache/supply
 DOCS := .cache/docs
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +15,7 @@ ARGS ?=
 AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka services chromium pgbouncer prometheus pictures docs clean
+.PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka services chromium pgbouncer prometheus helm pictures docs clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +26,7 @@ demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: ev
 shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by layer (ARGS="--port 8081")
 	$(BIN)/python -m handlers.shop $(ARGS)
 
-test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
+test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
 
 # Few examples for each property, and without the tests that are about many states: `make test` has them.
@@ -33,7 +34,7 @@ unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's 
 	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
 		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel $(ARGS)
 
-coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
+coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --cov=consumer --cov=handlers --cov-branch \
 		--cov-report=term:skip-covered --cov-report=html:.cache/coverage $(ARGS)
 
@@ -96,6 +97,9 @@ pgbouncer: ## Bring PgBouncer, for one test
 
 prometheus: ## Bring Prometheus and promtool, for the alerts and one scrape
 	@sh tests/prometheus/install.sh $(PROMETHEUS)
+
+helm: $(VENV)/python ## Bring Helm and the schemas of Kubernetes, for the chart and the manifests
+	@sh tests/helm/install.sh $(HELM) $(BIN)/python
 
 pictures: $(VENV)/dev chromium ## Take the pictures of docs/how-to/shop.md again
 	$(BIN)/python tests/shop/pictures.py

@@ -7,7 +7,6 @@ the images exist and start.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,15 +16,13 @@ from typing import Any
 
 import compose_spec
 import pytest
-import typer
-import yaml
+from manifests import documents, environment, load_settings, parsed, pod, with_stand_ins
 
 from consumer import tls
 from consumer.app_loader import load_app
-from consumer.cli.main import whole
 from consumer.metrics.fleet import Fleet
 from consumer.monitoring.endpoints import routes_of
-from consumer.settings import Settings, load
+from consumer.settings import Settings, known_settings
 
 ROOT = Path(__file__).parent.parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -43,15 +40,6 @@ def seconds(text: str) -> int:
     return int(duration[1] or 0) * 60 + int(duration[2] or 0)
 
 
-def parsed(arguments: list[str]) -> dict[str, Any]:
-    """Parse arguments as the real command does, without running it."""
-    group: Any = typer.main.get_command(whole())
-    with group.make_context("consumer", list(arguments), resilient_parsing=True) as context:
-        name, command, rest = group.resolve_command(context, arguments)
-        with command.make_context(name, list(rest), parent=context, resilient_parsing=False) as inner:
-            return dict(inner.params) | {"": name}
-
-
 def substituted(value: Any) -> Any:
     """Substitute ${NAME:-default}, the only allowed form, with its default."""
     if isinstance(value, dict):
@@ -65,31 +53,9 @@ def substituted(value: Any) -> Any:
     return filled.replace("\0", "$")
 
 
-class _Strict(yaml.SafeLoader):
-    """Refuses a repeated key, as compose does; PyYAML takes the last."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Before the merges: a key may well stand both in an anchor and beside it.
-        keys = [key.value for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"a key is there twice{node.start_mark}"
-        super().flatten_mapping(node)
-
-
-def documents(path: Path) -> list[Any]:
-    return list(yaml.load_all(path.read_text("utf-8"), _Strict))
-
-
-def load_settings(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Settings:
-    for name in os.environ:
-        if name.startswith("CONSUMER_"):
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    return load()
-
-
 def assert_settings_exist(names: Any) -> None:
     known = {f"CONSUMER_{field.upper()}" for field in Settings.model_fields}
+    known |= {f"CONSUMER_{field.upper()}_FILE" for field in known_settings().secrets}
     assert set(names) <= known, f"no such settings: {sorted(set(names) - known)}"
 
 
@@ -350,29 +316,16 @@ def objects() -> dict[str, dict[str, Any]]:
     return {object["kind"]: object for object in manifests}
 
 
-def pod(thing: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    spec = thing["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    return spec, container
+def workload(objects: dict[str, dict[str, Any]], kind: str, directory: Path) -> dict[str, str]:
+    """The environment of a workload, with files of secrets that exist here."""
+    return with_stand_ins(environment(objects[kind], objects["ConfigMap"]), directory)
 
 
-def environment(objects: dict[str, dict[str, Any]], kind: str) -> dict[str, str]:
-    """The environment of a container, with valid stand-ins for secrets."""
-    _, container = pod(objects[kind])
-    variables: dict[str, str] = {}
-    for source in container.get("envFrom", []):
-        assert source["configMapRef"]["name"] == objects["ConfigMap"]["metadata"]["name"]
-        variables |= objects["ConfigMap"]["data"]
-    for variable in container["env"]:
-        # A secret is named, never written down.
-        variables[variable["name"]] = f"made-up-{variable['valueFrom']['secretKeyRef']['key']}"
-    assert all(isinstance(text, str) for text in variables.values()), "a ConfigMap holds strings: quote the numbers"
-    return variables
-
-
-def test_kubernetes_settings_exist(monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]]) -> None:
+def test_kubernetes_settings_exist(
+    monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     for kind in ("Job", "Deployment"):
-        names = environment(objects, kind)
+        names = workload(objects, kind, tmp_path)
         assert_settings_exist(names)
         assert load_settings(monkeypatch, names).dsn == "made-up-dsn"
     # In comments, too.
@@ -380,14 +333,14 @@ def test_kubernetes_settings_exist(monkeypatch: pytest.MonkeyPatch, objects: dic
 
 
 def test_kubernetes_commands_are_understood(
-    monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]]
+    monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     spec, workers = pod(objects["Deployment"])
     run = parsed(workers["args"])
     assert (run[""], run["app"]) == ("run", "handlers:app")
-    grace = run["grace_seconds"] or load_settings(monkeypatch, environment(objects, "Deployment")).grace_seconds
-    assert spec["terminationGracePeriodSeconds"] >= grace + 10
-    address = tls.check_http(load_settings(monkeypatch, environment(objects, "Deployment")))
+    settings = load_settings(monkeypatch, workload(objects, "Deployment", tmp_path))
+    assert spec["terminationGracePeriodSeconds"] >= (run["grace_seconds"] or settings.grace_seconds) + 10
+    address = tls.check_http(settings)
     assert workers["ports"] == [{"name": "metrics", "containerPort": address[1] if address else None}]
     annotations = objects["Deployment"]["spec"]["template"]["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(workers["ports"][0]["containerPort"])
@@ -451,14 +404,17 @@ def test_scaling_selects_the_pods_of_the_workers(
 
 
 def test_scaling_follows_the_lag_of_the_app(
-    monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]], scaling: dict[str, dict[str, Any]]
+    monkeypatch: pytest.MonkeyPatch,
+    objects: dict[str, dict[str, Any]],
+    scaling: dict[str, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     spec = scaling["ScaledObject"]["spec"]
     [trigger] = spec["triggers"]
     kafka, app = trigger["metadata"], load_app("handlers:app")
     assert trigger["type"] == "kafka" and all(isinstance(value, str) for value in kafka.values())
     assert (kafka["consumerGroup"], kafka["topic"] in app.topics) == (app.name, True)
-    settings = load_settings(monkeypatch, environment(objects, "Deployment"))
+    settings = load_settings(monkeypatch, workload(objects, "Deployment", tmp_path))
     assert kafka["bootstrapServers"] == settings.kafka_bootstrap_servers
     assert (kafka["tls"] == "enable") == (settings.kafka_security_protocol == "SSL")
     _, workers = pod(objects["Deployment"])

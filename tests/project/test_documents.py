@@ -23,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("sh", "console")]
-LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json", "toml"}
+LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json", "toml", "yaml"}
 # Programs that a shell block may name beside ours.
 PROGRAMS = {
     ".",
@@ -35,6 +35,8 @@ PROGRAMS = {
     "docker",
     "kafka-acls.sh",
     "kafka-consumer-groups.sh",
+    "kubectl",
+    "helm",
     "pre-commit",
     "psql",
     "jq",
@@ -51,10 +53,14 @@ def test_python_compiles(block: Block) -> None:
     compile(block.code, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("ini", "json", "toml")], ids=str)
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language in ("ini", "json", "toml", "yaml")], ids=str
+)
 def test_configuration_parses(block: Block) -> None:
     if block.language == "json":
         json.loads(block.code)
+    elif block.language == "yaml":
+        assert isinstance(yaml.safe_load(block.code), dict)
     elif block.language == "toml":
         tomllib.loads(block.code)
     else:

@@ -1,23 +1,27 @@
 """Reads documents for tests, and writes their tables from the code.
 
-`python tests/support/documents.py` writes the tables of docs/reference/settings.md and docs/reference/metrics.md, and the events of
-docs/log-events.md; the meanings of events are kept; a new event gets an empty one, which a test refuses.
+`python tests/support/documents.py` writes the tables of docs/reference/settings.md and docs/reference/metrics.md, the settings that
+the Helm chart knows, and the events of docs/log-events.md; the meanings of events are kept; a new event gets an empty one, which a
+test refuses.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SETTINGS_PAGE = ROOT / "docs" / "reference" / "settings.md"
 METRICS_PAGE = ROOT / "docs" / "reference" / "metrics.md"
 EVENTS_PAGE = ROOT / "docs" / "log-events.md"
+CHART_SCHEMA = ROOT / "deploy" / "helm" / "idempotent-consumer" / "values.schema.json"
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
@@ -93,6 +97,31 @@ def settings_table() -> str:
         meaning = (field.description or "").replace("|", "\\|")
         rows.append(f"| `CONSUMER_{name.upper()}` | {default} | {meaning} |")
     return "\n".join(rows)
+
+
+def chart_schema() -> str:
+    """The schema of the chart's values, with the settings that there are.
+
+    Secrets come from a Secret, and the chart itself says how many workers there are and where they serve.
+    """
+    from consumer.settings import Settings, known_settings
+
+    known, fields = known_settings(), Settings.model_fields
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    settings: dict[str, Any] = {}
+    for name, kind in known.types.items():
+        if name in known.secrets or name in ("workers", "http"):
+            continue
+        annotation = fields[name].annotation
+        choices = next(
+            (get_args(one) for one in (annotation, *get_args(annotation)) if get_origin(one) is Literal), None
+        )
+        settings[name] = {"enum": list(choices)} if choices else {"type": kinds[kind]}
+    schema = json.loads(CHART_SCHEMA.read_text("utf-8"))
+    schema["properties"]["settings"]["properties"] = settings
+    keys = schema["definitions"]["secret"]["properties"]["keys"]
+    keys["properties"] = {name: {"type": "string", "pattern": "^[-._a-zA-Z0-9]+$"} for name in sorted(known.secrets)}
+    return json.dumps(schema, indent=2) + "\n"
 
 
 # -- metrics ------------------------------------------------------------------------------------------------------------
@@ -272,6 +301,7 @@ def between(page: Path, mark: str) -> tuple[str, str, str]:
 def main() -> None:
     before, _, after = between(SETTINGS_PAGE, "settings")
     SETTINGS_PAGE.write_text(f"{before}\n{settings_table()}\n{after}", "utf-8")
+    CHART_SCHEMA.write_text(chart_schema(), "utf-8")
     for source in ("worker", "supervisor", "database", "replay"):
         before, _, after = between(METRICS_PAGE, source)
         METRICS_PAGE.write_text(f"{before}\n{metrics_table(source)}\n{after}", "utf-8")
