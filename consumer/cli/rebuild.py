@@ -66,4 +66,4 @@ def rebuild_command(
       consumer rebuild shop:app payments refunds
       consumer rebuild shop:app payments --ignore accounts.updated_at --json
     """
-    return replay_run.start(app, settings, topics, options.engine_options(), answer.report, answer.as_json)
+    return replay_run.start(app, settings, topics, options.engine_options(), answer)

@@ -125,8 +125,7 @@ def replay_command(app: AppPath, topics: Topics, settings: Settings, options: Re
         settings,
         topics,
         options.engine_options(),
-        answer.report,
-        answer.as_json,
+        answer,
         options.resume,
         acted_by(options.operator, options.why),
     )

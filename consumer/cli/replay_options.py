@@ -68,6 +68,15 @@ class AnswerFlags:
         Path | None,
         typer.Option("--report", metavar="FILE", help="write the answer as an HTML page", rich_help_panel=ANSWER),
     ] = None
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            "--metrics",
+            metavar="FILE",
+            help="write the verdict for the textfile collector of Prometheus' node exporter (FILE.prom)",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None
     as_json: AsJson = False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.output import err, print_json
 from consumer.cli.progress import progress
+from consumer.cli.replay_options import AnswerFlags
 from consumer.cli.replay_output import show
 from consumer.cli.replay_state import AnyOptions, SavedState, mode_of
 from consumer.core.audit import ActedBy
@@ -33,18 +35,18 @@ def start(
     settings: Settings,
     topics: list[str],
     options: AnyOptions,
-    report: Path | None,
-    as_json: bool,
+    answer: AnswerFlags,
     resume: bool = False,
     by: ActedBy | None = None,
 ) -> Coroutine[Any, Any, int]:
     """Check the arguments and return the run. Raises Misconfigured."""
-    if report is not None:
-        check_writable(report)
+    for flag, file in (("--report", answer.report), ("--metrics", answer.metrics)):
+        if file is not None:
+            check_writable(flag, file)
     app = loaded(path, options)
     refuse_shards(app)
     settings.dsn  # noqa: B018 - raises when there is none
-    return run(path, app, settings, topics, options, resume=resume, report=report, as_json=as_json, by=by)
+    return run(path, app, settings, topics, options, answer, resume=resume, by=by)
 
 
 def loaded(path: str, options: AnyOptions) -> App:
@@ -73,21 +75,22 @@ def loaded(path: str, options: AnyOptions) -> App:
     return app
 
 
-def check_writable(path: Path) -> None:
-    """Check --report before hours of work."""
+def check_writable(flag: str, path: Path) -> None:
+    """Check a file of the answer before hours of work."""
     try:
-        _check_place(path)
+        _check_place(flag, path)
     except OSError as error:
         raise Misconfigured(
-            f"--report {str(path)[:80]}: {error.strerror or error}; name a file that can be written"
+            f"{flag} {str(path)[:80]}: {error.strerror or error}; name a file that can be written"
         ) from None
 
 
-def _check_place(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise Misconfigured(f"--report {path}: no file can be written there; name a file in a directory that exists")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Misconfigured(f"--report {path}: no right to write there; name another file")
+def _check_place(flag: str, path: Path) -> None:
+    is_replaced = flag == "--metrics"  # by a file beside it, so that a reader never sees half of it
+    if path.is_dir() or not path.parent.is_dir() or (is_replaced and path.exists() and not path.is_file()):
+        raise Misconfigured(f"{flag} {path}: no file can be written there; name a file in a directory that exists")
+    if not os.access(path if path.exists() and not is_replaced else path.parent, os.W_OK):
+        raise Misconfigured(f"{flag} {path}: no right to write there; name another file")
 
 
 async def run(
@@ -96,10 +99,9 @@ async def run(
     settings: Settings,
     topics: list[str],
     options: AnyOptions,
+    flags: AnswerFlags,
     *,
     resume: bool,
-    report: Path | None,
-    as_json: bool,
     by: ActedBy | None = None,
 ) -> int:
     saved = SavedState(path, settings, topics, options) if isinstance(options, Options | RepublishOptions) else None
@@ -122,21 +124,27 @@ async def run(
             else:
                 findings = await _findings(app, settings, topics, options, reports, resumed)
     except ConsumerError as error:
-        if as_json:  # a program that reads JSON does not parse standard error
-            unknown = Verdict.UNKNOWN
+        unknown = Verdict.UNKNOWN
+        if flags.as_json:  # a program that reads JSON does not parse standard error
             failure = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
             print_json({"app": app.name, "mode": mode_of(options), **failure})
+        if flags.metrics is not None:
+            _write_metrics(flags.metrics, app.name, topics, mode_of(options), unknown.exit_code)
         raise
     if saved is not None:
         saved.delete()
     answer = findings.as_dict()
-    if as_json:
+    if flags.as_json:
         print_json(answer)
     else:
         show(findings, answer)
-    if report is not None:  # last: a disk that is full by now must not cost the answer
-        _write(report, page.render(answer))
-    return findings.verdict().exit_code
+    exit_code = findings.verdict().exit_code
+    # Last: a disk that is full by now must not cost the answer.
+    if flags.metrics is not None:
+        _write_metrics(flags.metrics, app.name, topics, mode_of(options), exit_code)
+    if flags.report is not None:
+        _write(flags.report, page.render(answer))
+    return exit_code
 
 
 async def _findings(
@@ -156,6 +164,17 @@ async def _findings(
             return await run_republish(app, settings, topics, options, reports, resumed)
         case Options():
             return await replay(app, settings, topics, options, reports, resumed, alone=True)
+
+
+def _write_metrics(path: Path, app: str, topics: list[str], mode: str, exit_code: int) -> None:
+    from consumer.monitoring.textfile import verdict_text  # the library takes time to import
+
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_text(verdict_text(app, topics, mode, exit_code, time.time()), "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise Misconfigured(f"--metrics {path}: {error}; name a file that can be written") from None
 
 
 def _write(path: Path, text: str) -> None:

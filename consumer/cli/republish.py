@@ -46,6 +46,4 @@ def republish_command(
       consumer republish shop:app payments --to payments2
           --from 24h --until position
     """
-    return replay_run.start(
-        app, settings, topics, options.engine_options(), answer.report, answer.as_json, options.resume
-    )
+    return replay_run.start(app, settings, topics, options.engine_options(), answer, options.resume)

@@ -20,8 +20,9 @@ from consumer.cli.framework import AppPath, cli, command
 from consumer.core.identity import OffsetId
 from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
+from consumer.telemetry import exporters
 from consumer.worker.supervisor import Supervisor
-from consumer.worker.tracing import check_traces
+from consumer.worker.telemetry import check_telemetry, counts_metrics
 
 _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
 
@@ -63,37 +64,65 @@ def run(app: AppPath, settings: Settings) -> Any:
     """
     loaded = load_app(app)
     tls.check_http(settings)
-    check_traces(settings)
+    check_telemetry(settings)
     return _run(app, loaded, settings)
 
 
 async def _run(path: str, app: App, settings: Settings) -> int:
     fleet = Fleet.of(app.name, settings.workers)
-    async with _serving(app, settings, fleet):
+    async with _observed(app, settings, fleet):
         return await _supervise(path, app, settings, fleet)
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: App, settings: Settings, fleet: Fleet) -> AsyncIterator[None]:
-    """Serve metrics and health in this block, if wanted. Raises Misconfigured."""
+async def _observed(app: App, settings: Settings, fleet: Fleet) -> AsyncIterator[None]:
+    """Serve and export metrics in this block, if wanted. Raises Misconfigured."""
+    if not counts_metrics(settings):
+        yield
+        return
+    # Only if wanted: the libraries take time to import.
+    from consumer.monitoring.database_figures import DatabaseFigures
+
+    async with _serving(settings, fleet), _exporting(fleet):
+        reading = asyncio.create_task(DatabaseFigures(app, settings, fleet).run())
+        try:
+            yield
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading], timeout=1)
+
+
+@contextlib.asynccontextmanager
+async def _serving(settings: Settings, fleet: Fleet) -> AsyncIterator[None]:
     address = tls.check_http(settings)
     if address is None:
         yield
         return
-    # Only with --http: the library takes time to import.
-    from consumer.monitoring.database_figures import DatabaseFigures
     from consumer.monitoring.endpoints import routes_of
     from consumer.monitoring.http_server import HttpServer
 
     server = HttpServer(routes_of(fleet))
     await server.open(*address)
-    reading = asyncio.create_task(DatabaseFigures(app, settings, fleet).run())
     try:
         yield
     finally:
         server.close()
-        reading.cancel()
-        await asyncio.wait([reading], timeout=1)
+
+
+@contextlib.asynccontextmanager
+async def _exporting(fleet: Fleet) -> AsyncIterator[None]:
+    if not exporters.exports_metrics(os.environ):
+        yield
+        return
+    from consumer.telemetry.metrics_export import MetricsExport
+
+    export = MetricsExport(fleet, exporters.interval_seconds(os.environ))
+    exporting = asyncio.create_task(export.run())
+    try:
+        yield
+    finally:
+        exporting.cancel()
+        await export.last()
 
 
 async def _supervise(path: str, app: App, settings: Settings, fleet: Fleet) -> int:

@@ -30,7 +30,7 @@ class Source(Enum):
     WORKER = "worker"  # each worker process
     SUPERVISOR = "supervisor"  # the process of `consumer run`
     DATABASE = "database"  # its queries: all replicas show the same value, so take the maximum
-    REPLAY = "replay"  # a job, from the answer of `consumer replay --json`
+    REPLAY = "replay"  # `consumer replay --metrics FILE`, a job
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +226,15 @@ REPLAY_VERDICT = Metric(
     "replay_verdict",
     Kind.HIGHEST,
     "The verdict of the last replay: 0 ok, 1 problems found, 2 cannot tell",
-    ("topic",),
+    ("topic", "mode"),
     source=Source.REPLAY,
 )
 REPLAY_AT = Metric(
-    "replay_at_seconds", Kind.HIGHEST, "When the last replay ended, Unix time", ("topic",), source=Source.REPLAY
+    "replay_at_seconds",
+    Kind.HIGHEST,
+    "When the last replay ended, Unix time. mode: check, apply, outgoing, rebuild or republish",
+    ("topic", "mode"),
+    source=Source.REPLAY,
 )
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

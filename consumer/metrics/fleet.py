@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from consumer.metrics.catalog import PARTITION_STOPPED, RESTART_REASONS, SERVICE_WAITING, WORKER_RESTARTS, WORKERS
+from consumer.metrics.catalog import (
+    PARTITION_STOPPED,
+    RESTART_REASONS,
+    SERVICE_WAITING,
+    WORKER_RESTARTS,
+    WORKERS,
+    Metric,
+)
+from consumer.metrics.recorder import Labels
 from consumer.metrics.totals import Totals
 
 
@@ -134,7 +142,17 @@ class Fleet:
             ]
         return why
 
-    def count_workers(self) -> None:
-        """Bring the metric of the workers' states up to date."""
+    def samples(self) -> dict[Metric, list[tuple[Labels, Any]]]:
+        """Return the series of each metric that has some, sorted by labels.
+
+        The first label is the App's name. A value is a number, or a Distribution for a histogram.
+        """
         phases = Counter(slot.phase for slot in self.slots)
         self.totals.set_gauges("workers", [(WORKERS, (phase.value,), float(phases[phase])) for phase in Phase])
+        samples: dict[Metric, list[tuple[Labels, Any]]] = {}
+        for sums in (self.totals.counters(), self.totals.distributions(), self.totals.gauges()):
+            for (metric, labels), value in sums.items():
+                samples.setdefault(metric, []).append(((self.app, *labels), value))
+        for series in samples.values():
+            series.sort(key=lambda item: item[0])
+        return samples

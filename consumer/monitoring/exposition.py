@@ -27,17 +27,12 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric, those without values too."""
-        self._fleet.count_workers()
-        totals = self._fleet.totals
-        values: dict[catalog.Metric, list[tuple[list[str], Any]]] = {}
-        for sums in (totals.counters(), totals.distributions(), totals.gauges()):
-            for (metric, labels), value in sums.items():
-                values.setdefault(metric, []).append(([self._fleet.app, *labels], value))
+        samples = self._fleet.samples()
         for metric in METRICS:
             if metric.source is Source.REPLAY:
                 continue
             family = _family(metric)
-            for label_values, value in sorted(values.get(metric, []), key=lambda item: item[0]):
+            for label_values, value in samples.get(metric, []):
                 if isinstance(value, Distribution):
                     family.add_metric(label_values, buckets=_cumulative(metric, value), sum_value=value.sum)
                 else:

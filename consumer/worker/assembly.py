@@ -44,6 +44,7 @@ from consumer.worker.partition_table import PartitionTable
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState, Shard
 from consumer.worker.shard_check import ShardCheck
+from consumer.worker.telemetry import counts_metrics
 from consumer.worker.upkeep import Upkeep
 from consumer.worker.wait_reports import Reporter
 from consumer.worker.worker_gauges import WorkerState
@@ -97,7 +98,7 @@ class Parts:
         self.source = KafkaConsumer(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         table = PartitionTable(app.shards or [""])
         self.shards = _shards_of(app, settings, table)
-        self.recorder = Recorder() if settings.http is not None else None
+        self.recorder = Recorder() if counts_metrics(settings) else None
         self.lanes = _lanes_of(app, settings, self.shards, self.recorder)
         self._reporters = {
             shard.name: Reporter(self._evidence, self.message_log, [lane for lane in self.lanes if lane.shard is shard])

@@ -27,7 +27,7 @@ from consumer.postgres.session import Session
 from consumer.settings import Settings
 from consumer.worker.connections import Connections
 from consumer.worker.lifetime import Lifetime
-from consumer.worker.outbox_sender import OutboxSender
+from consumer.worker.outbox_sender import OutboxSender, Sending
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.shard import Shard
 
@@ -100,6 +100,10 @@ class OutboxRelay:
                 rows = rows_of(stream, part.first + skip, part.records[skip:], part.created_ms)
                 self._queues.add(rows, partition_of)
         self._sender.pump()
+
+    def trace_sends(self, sending: Sending) -> None:
+        """Run each sending of rows in a block of `sending`."""
+        self._sender.sending = sending
 
     def look(self) -> None:
         """Look at the streams now: partitions were assigned."""

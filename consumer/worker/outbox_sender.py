@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from consumer.core.errors import ConsumerError
@@ -21,6 +21,8 @@ from consumer.logs import describe, event
 from consumer.outbox.send_queues import Row, SendQueues
 from consumer.outbox.streams import Stream
 from consumer.settings import Settings
+
+Sending = Callable[[Partition, Sequence[Row]], AbstractContextManager[None]]
 
 NO_TOPIC = "the topic does not exist"
 _OPEN_SECONDS = 10.0
@@ -57,6 +59,7 @@ class OutboxSender:
         self._pause = _BACKOFF_SECONDS[0]
         self._is_paused = False
         self._failure: Exception | None = None
+        self.sending: Sending | None = None  # what runs around each sending, where something does
 
     def partitioner(self, topic: str) -> Callable[[bytes | None], int] | None:
         """Return what chooses the partition of a key.
@@ -130,7 +133,11 @@ class OutboxSender:
     async def _send_batch(self, producer: BatchProducer, partition: Partition, rows: list[Row]) -> None:
         self._on_step("outbox_sending")
         try:
-            await self._until_acknowledged(producer, partition, rows)
+            if self.sending is None:
+                await self._until_acknowledged(producer, partition, rows)
+            else:
+                with self.sending(partition, rows):
+                    await self._until_acknowledged(producer, partition, rows)
         except Refused as refused:
             stream = self._queues.refused(partition, for_size=refused.for_size)
             if stream is not None:

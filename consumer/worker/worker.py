@@ -22,7 +22,7 @@ from consumer.worker.connections import BACKOFF_SECONDS
 from consumer.worker.loop_monitor import LoopMonitor
 from consumer.worker.outbox_topics import check_topics
 from consumer.worker.registration import register_all, start_prechecks
-from consumer.worker.tracing import tracing
+from consumer.worker.telemetry import tracing
 
 _CANCELLED_SECONDS = 3.0  # a task that ignores its cancellation for so long is left behind
 
@@ -88,7 +88,7 @@ class Worker:
         Raises Misconfigured, Stalled, HandlerUncancellable, or whatever ended a part of the worker. After
         HandlerUncancellable, a handler's task still runs: nothing but the end of the process ends it.
         """
-        async with self._app.running(), tracing(self._app, self._settings):
+        async with self._app.running(), tracing(self._app, self._settings, self._parts.relays.values()):
             watch = LoopMonitor(lane.calls for lane in self.lanes)
             watch.start()
             try:

@@ -11,15 +11,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import ROOT, Place, Result, Sent, consume_all, consumer, is_one_line, query, until
+from prometheus_client.parser import text_string_to_metric_families
 
 from consumer.app_loader import load_app
 from consumer.local_servers import free_port
+from consumer.metrics.catalog import PREFIX, REPLAY_AT, REPLAY_VERDICT
 
 APP = """
 import asyncio, os, pathlib
@@ -81,6 +84,19 @@ class Shop:
         monkeypatch.chdir(self.directory)
         await consume_all(load_app(f"{self.module}:app"), self.place.settings(redis_url=None))
 
+    def verdict_in(self, name: str) -> float:
+        """The verdict that a file of metrics has, which is of now."""
+        text = (self.directory / name).read_text("utf-8")
+        samples = {
+            sample.name.removeprefix(PREFIX): sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        verdict, at = samples[REPLAY_VERDICT.name], samples[REPLAY_AT.name]
+        assert verdict.labels == at.labels == {"app": self.name, "topic": self.topic, "mode": "check"}
+        assert len(samples) == 2 and abs(at.value - time.time()) < 600
+        return verdict.value
+
     @property
     def states(self) -> list[Path]:
         return list((self.directory / "state").rglob("*.json"))
@@ -96,7 +112,7 @@ async def shop(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return shop
 
 
-async def test_a_good_answer_is_exit_code_0(shop: Shop) -> None:
+async def test_a_good_answer_is_exit_code_0(shop: Shop, tmp_path: Path) -> None:
     result = shop.replay()
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -104,16 +120,19 @@ async def test_a_good_answer_is_exit_code_0(shop: Shop) -> None:
         assert text in result.stdout
     assert result.stdout.splitlines()[-1] == "Nothing is missing, and nothing would happen twice"
     assert shop.states == []
-    answer = json.loads(shop.replay("--json").stdout)
+    answer = json.loads(shop.replay("--json", "--metrics", "nightly.prom").stdout)
     assert (answer["verdict"], answer["exit_code"], answer["messages"]) == ("ok", 0, 44)
+    assert shop.verdict_in("nightly.prom") == 0
+    assert [file.name for file in tmp_path.glob("nightly*")] == ["nightly.prom"]
     assert answer["handlers"]["settle"]["applied"] == 44 and answer["handlers"]["look"]["skipped"] == 44
     assert answer["effects"]["rows"] == 0 and answer["history"]["settle"]["rows"] == 40
 
 
 async def test_missing_message_is_exit_code_1_and_repaired_by_apply(shop: Shop, tmp_path: Path) -> None:
     await query(shop.place.dsn, 'delete from consumer.ledger where "offset" = 3 and partition = 1 returning id')
-    result = shop.replay("--report", "report.html")
+    result = shop.replay("--report", "report.html", "--metrics", "nightly.prom")
     assert result.returncode == 1, result.stderr
+    assert shop.verdict_in("nightly.prom") == 1
     assert "would be applied" in result.stdout and f"{shop.topic}:1:3" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("No: 1 message missing")
     page = (tmp_path / "report.html").read_text("utf-8")
@@ -148,11 +167,18 @@ async def test_inconclusive_replay_is_exit_code_2(shop: Shop) -> None:
         (["--key", "\udcff"], "no message of the range has that key"),
         (["--report", "x" * 300], "--report"),
         (["--report", "nowhere/x.html"], "--report nowhere/x.html"),
+        (["--metrics", "nowhere/x.prom"], "--metrics nowhere/x.prom"),
+        (["--metrics", "/dev/null"], "--metrics /dev/null"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 async def test_bad_input_is_one_line_and_exit_code_2(shop: Shop, arguments: list[str], says: str) -> None:
     is_one_line(shop.replay(*arguments), says)
+
+
+async def test_a_replay_that_fails_writes_that_it_cannot_tell(shop: Shop) -> None:
+    is_one_line(shop.replay("--partition", "7", "--metrics", "nightly.prom"), "no partition 7")
+    assert shop.verdict_in("nightly.prom") == 2
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ LAYERS = [
     "testing",
     "admin",
     "monitoring",
-    "tracing",
+    "telemetry",
     "worker",
     "demo",
     "cli",
@@ -77,7 +77,7 @@ LIBRARIES = {
     "pytest": {"testing"},
     "uvloop": {"worker"},
     "prometheus_client": {"monitoring"},
-    "opentelemetry": {"tracing"},
+    "opentelemetry": {"telemetry"},
 }
 
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.

@@ -39,8 +39,6 @@ PROGRAMS = {
     "helm",
     "pre-commit",
     "psql",
-    "jq",
-    "mv",
 }
 
 

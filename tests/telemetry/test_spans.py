@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from consumer import App, Tx
 from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.tracing.spans import traced
+from consumer.telemetry.spans import traced
 from consumer.transaction.publishing import current_trace
 
 pytestmark = pytest.mark.unit

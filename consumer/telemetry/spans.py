@@ -15,33 +15,33 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from consumer.app import App
 from consumer.core.delivery import Delivery
 from consumer.core.handler import Call, Handler
-from consumer.outbox.record import TRACEPARENT, TRACESTATE, trace_of
+from consumer.outbox.record import trace_of
+from consumer.telemetry.context import context_of, current
+from consumer.telemetry.resource import resource_of
 from consumer.transaction.publishing import current_trace
 
 _LINKS_MAX = 128  # of a span, as the SDK keeps by default
-_propagator = TraceContextTextMapPropagator()
 
 
-def provider_of(app: str) -> TracerProvider:
+def provider_of(app: str, *, exports: bool) -> TracerProvider:
     """Return the provider of this process.
 
-    An application that has set one keeps it. Else the OTEL_ variables configure one that exports by OTLP over HTTP.
+    An application that has set one keeps it. Else the OTEL_ variables configure one. exports: by OTLP over HTTP; without,
+    spans are only propagated.
     """
     present = trace.get_tracer_provider()
     if isinstance(present, TracerProvider):
         return present
-    named = Resource({SERVICE_NAME: app}).merge(OTELResourceDetector().detect())
-    provider = TracerProvider(resource=Resource.create().merge(named))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider = TracerProvider(resource=resource_of(app))
+    if exports:
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     return provider
 
@@ -63,7 +63,7 @@ def traced(handler: Handler, call: Call, tracer: Tracer, group: str, *, as_paren
     async def in_span(value: Any, message: Any, tx: Any) -> object:
         deliveries: Sequence[Delivery] = tx.subject if isinstance(tx.subject, list) else [tx.subject]
         with _span(tracer, handler, group, deliveries, as_parent=as_parent):
-            token = current_trace.set(_current)
+            token = current_trace.set(current)
             try:
                 return await call(value, message, tx)
             finally:
@@ -77,7 +77,8 @@ def _span(
     tracer: Tracer, handler: Handler, group: str, deliveries: Sequence[Delivery], *, as_parent: bool
 ) -> Iterator[Span]:
     topic = deliveries[0].record.topic
-    contexts = [context for delivery in deliveries[:_LINKS_MAX] if (context := _context_of(delivery)) is not None]
+    carried = [trace_of(delivery.record.headers) for delivery in deliveries[:_LINKS_MAX]]
+    contexts = [context for texts in carried if (context := context_of(*texts)) is not None]
     parent = Context()
     links = list(_links(contexts))
     if as_parent and handler.batch is None and contexts:
@@ -117,23 +118,6 @@ def _attributes(handler: Handler, group: str, deliveries: Sequence[Delivery]) ->
     }
 
 
-def _context_of(delivery: Delivery) -> Context | None:
-    """Return a message's own context; None without a valid one."""
-    parent, state = trace_of(delivery.record.headers)
-    if parent is None:
-        return None
-    carrier = {TRACEPARENT: parent} if state is None else {TRACEPARENT: parent, TRACESTATE: state}
-    context = _propagator.extract(carrier, Context())
-    return context if trace.get_current_span(context).get_span_context().is_valid else None
-
-
 def _links(contexts: Iterable[Context]) -> Iterator[Link]:
     for context in contexts:
         yield Link(trace.get_current_span(context).get_span_context())
-
-
-def _current() -> tuple[str | None, str | None]:
-    """Return traceparent and tracestate of the span that is current now."""
-    carrier: dict[str, str] = {}
-    _propagator.inject(carrier)
-    return carrier.get(TRACEPARENT), carrier.get(TRACESTATE)

@@ -1,0 +1,1 @@
+"""OpenTelemetry, with the extra `otel`: spans, and metrics by OTLP."""

@@ -1,1 +1,0 @@
-"""OpenTelemetry spans of handlers' calls, with the extra `otel`."""
