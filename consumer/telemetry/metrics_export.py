@@ -122,9 +122,9 @@ def _data(
         points = [_histogram(metric, labels, value, begun_ns, now_ns) for labels, value in named]
         return Histogram(points, _CUMULATIVE)
     if metric.kind is Kind.COUNTER:
-        counts = [NumberDataPoint(labels, begun_ns, now_ns, value) for labels, value in named]
+        counts = [NumberDataPoint(labels, begun_ns, now_ns, float(value)) for labels, value in named]
         return Sum(counts, _CUMULATIVE, is_monotonic=True)
-    return Gauge([NumberDataPoint(labels, 0, now_ns, value) for labels, value in named])
+    return Gauge([NumberDataPoint(labels, 0, now_ns, float(value)) for labels, value in named])
 
 
 def _histogram(

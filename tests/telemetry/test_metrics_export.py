@@ -10,7 +10,15 @@ from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metr
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 
-from consumer.metrics.catalog import BATCH_MESSAGES, LAG_SECONDS, LEDGER_BYTES, METRICS, PREFIX, WORKERS
+from consumer.metrics.catalog import (
+    BATCH_MESSAGES,
+    LAG_SECONDS,
+    LEDGER_BYTES,
+    METRICS,
+    PREFIX,
+    WORKER_RESTARTS,
+    WORKERS,
+)
 from consumer.metrics.catalog import MESSAGES as MESSAGES_TOTAL
 from consumer.metrics.fleet import Fleet
 from consumer.metrics.recorder import Recorder
@@ -58,6 +66,9 @@ def test_counters_are_cumulative_and_monotone() -> None:
     assert (point.as_double, point.start_time_unix_nano, point.time_unix_nano) == (3, BEGUN, NOW)
     fleet.ended(0, process, "killed")  # the counts of a process stay when it ends
     assert sent(fleet)[MESSAGES_TOTAL.name].sum.data_points[0].as_double == 3
+    restarts = sent(fleet)[WORKER_RESTARTS.name].sum.data_points
+    assert {labels(one)["reason"]: one.as_double for one in restarts}["killed"] == 1
+    assert {one.WhichOneof("value") for one in restarts} == {"as_double"}
 
 
 def test_histograms_and_gauges() -> None:

@@ -126,7 +126,7 @@ async def test_spans_and_metrics_of_a_run_reach_a_receiver(place: Place, tmp_pat
 
 
 def check_spans(topic: str, target: str, traceparent: str) -> None:
-    spans = {span.name: span for span in Receiver.spans}
+    spans = {span.name: span for span in Receiver.spans if span.trace_id.hex() == TRACE}
     process, inner, send = spans[f"process {topic}"], spans["inner"], spans[f"send {target}"]
     assert (process.trace_id.hex(), process.parent_span_id.hex()) == (TRACE, PARENT)
     assert inner.parent_span_id == process.span_id
