@@ -25,7 +25,8 @@ from consumer.core.errors import ConsumerError
 from consumer.core.outcome import Dead, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
 from consumer.dead_letters.edits import Edit
-from consumer.postgres import claims, dead_letter_actions
+from consumer.outbox.record import Outgoing
+from consumer.postgres import claims, dead_letter_actions, dead_letter_copies
 from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.dead_letter_actions import Action, Settled
 from consumer.postgres.dead_letters import storable
@@ -93,6 +94,7 @@ class DeadLetterSession(Session):
         """Set the dead letters of the next transaction."""
         self._dead_letters = dict(dead_letters)
         self._begun = False
+        self._now_dead: list[int] = []
         self._who: Delivery | None = None
 
     async def begin(self) -> None:
@@ -207,7 +209,7 @@ class DeadLetterSession(Session):
         totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
         updates: list[Settled] = []
         acted: list[tuple[DeadLetter, bytes | None]] = []
-        publish, released, stand_ins = [], [], []
+        now_dead, released, stand_ins = [], [], []
         for delivery, dead_letter in self._dead_letters.items():
             dead_letter.is_postponed = dead_letter.is_postponed or isinstance(delivery.outcome, RetryLater)
             dead_letter.outcome, dead_letter.text = outcome_of(dead_letter)
@@ -224,7 +226,7 @@ class DeadLetterSession(Session):
             updates.append(_updated(dead_letter, after))
             dead_letter.releases_next = after.releases_next
             if row["state"] == DeadLetterState.WAITING and after.state is DeadLetterState.DEAD:
-                publish.append(dead_letter.number)
+                now_dead.append(dead_letter.number)
             if row["chain"] is not None and not after.keeps_key_blocked:
                 released.append((row["handler"], row["chain"]))
             if after.state is DeadLetterState.APPLIED:
@@ -238,13 +240,19 @@ class DeadLetterSession(Session):
         if updates:
             await dead_letter_actions.settle(self.connection, updates)
         await self.act(acted)
-        if publish and self._settings.dead_letter_topic is not None:
-            await dead_letter_actions.publish(self.connection, publish)
+        self._now_dead = now_dead
         if released:
             await dead_letter_actions.release(self.connection, released)
         if stand_ins:
             await claims.drop_dead(self.connection, stand_ins)
         await super().write_positions(app, (), totals)
+
+    async def dead_letter_copies(self) -> Sequence[Outgoing]:
+        """Return the copies of those that waited, and are dead now."""
+        topic = self._settings.dead_letter_topic
+        if topic is None or not self._now_dead:
+            return ()
+        return await dead_letter_copies.of_numbers(self.connection, self._now_dead, topic)
 
     async def act(self, dead_letters: Sequence[tuple[DeadLetter, bytes | None]]) -> None:
         """Record what was done to dead letters, and their new ids."""

@@ -19,7 +19,7 @@ from consumer.kafka import decompression, record_batch
 from consumer.kafka.brokers import EARLIEST, LATEST, Brokers
 from consumer.kafka.decompression import Damaged, TooLarge
 from consumer.kafka.internals import READ_COMMITTED, READ_UNCOMMITTED
-from consumer.kafka.protocol import Identity, TopicIds, Unsupported
+from consumer.kafka.protocol import Identity, TopicIds, Unsupported, not_writable
 
 _REQUEST_SECONDS = 10
 _PARTIAL_SECONDS = 3.0
@@ -71,6 +71,16 @@ class LogInspection:
         except Unsupported:
             return Identity(None, {})
         return Identity.read(answer)
+
+    async def not_writable(self, topics: Sequence[str]) -> frozenset[str]:
+        """Return the topics that this Kafka user may not write to.
+
+        Empty where no broker says. Raises KafkaError.
+        """
+        try:
+            return not_writable(await self._brokers.ask_anyone(TopicIds(list(topics), operations=True)))
+        except Unsupported:
+            return frozenset()
 
     async def peek(self, partition: Partition, offset: int) -> Peek:
         """Ask the leader about a log, without reading on. Raises KafkaError."""

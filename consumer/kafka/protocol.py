@@ -32,6 +32,7 @@ from aiokafka.protocol.types import (
 
 Unsupported = (IncompatibleBrokerVersion, NotImplementedError)  # the broker does not know the request
 _NOT_ALLOWED = 29
+_NOT_SAID, _WRITE = -(2**31), 1 << 4  # of the bits of what is allowed: KIP-430
 
 
 class _Uuid(AbstractType[UUID]):  # type: ignore[misc]
@@ -102,16 +103,32 @@ class _MetadataStruct(RequestStruct):  # type: ignore[misc]
 
 
 class TopicIds(Request[_MetadataStruct]):  # type: ignore[misc]
-    """Asks for the ids of topics; creates none."""
+    """Asks for the ids of topics; creates none.
+
+    operations: asks also what this Kafka user may do with them.
+    """
 
     API_KEY = 3
 
-    def __init__(self, topics: list[str]) -> None:
+    def __init__(self, topics: list[str], *, operations: bool = False) -> None:
         self._topics = topics
+        self._operations = operations
 
     def build(self, request_struct_class: type[_MetadataStruct]) -> _MetadataStruct:
         wanted: list[Any] = [(UUID(int=0), topic, {}) for topic in self._topics]
-        return request_struct_class(wanted, False, False, False, {})
+        return request_struct_class(wanted, False, False, self._operations, {})
+
+
+def not_writable(answer: Any) -> frozenset[str]:
+    """Return the topics that may not be written to.
+
+    answer: of TopicIds with operations. Those that do not exist are not among them. Write includes the right to see a topic.
+    """
+    return frozenset(
+        topic[1]
+        for topic in answer.topics
+        if topic[0] == _NOT_ALLOWED or (topic[0] == 0 and topic[5] != _NOT_SAID and not topic[5] & _WRITE)
+    )
 
 
 class Identity(NamedTuple):

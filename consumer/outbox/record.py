@@ -81,11 +81,18 @@ class StoredStream(NamedTuple):
 def derived_id(app: str, handler: str, input_id: bytes, ordinal: int) -> bytes:
     """Return the 16 bytes of the id of a published message.
 
-    The same input publishes the same ids, whenever and wherever it is applied. Each field is preceded by its length, so
-    that no two lists of fields have the same bytes. ordinal: how many this handler published for this input before.
+    The same input publishes the same ids, whenever and wherever it is applied. ordinal: how many this handler published
+    for this input before.
     """
-    fields = (app.encode(), handler.encode(), input_id, b"%d" % ordinal)
-    return own_id(b"outbox", b"".join([b"%d:%s" % (len(field), field) for field in fields]))
+    return stable_id(b"outbox", app.encode(), handler.encode(), input_id, b"%d" % ordinal)
+
+
+def stable_id(namespace: bytes, *fields: bytes) -> bytes:
+    """Return 16 bytes that fields determine, in a namespace of their own.
+
+    Each field is preceded by its length, so that no two lists of fields have the same bytes.
+    """
+    return own_id(namespace, b"".join([b"%d:%s" % (len(field), field) for field in fields]))
 
 
 def given_id(id: object) -> bytes:

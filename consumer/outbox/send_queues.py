@@ -143,6 +143,16 @@ class SendQueues:
         queue.waiting.extendleft(reversed(queue.in_flight))
         queue.in_flight = []
 
+    def leave_out(self, partition: Partition) -> bool:
+        """Leave out a refused row that is alone in its batch.
+
+        It counts as published. Returns whether it was alone.
+        """
+        if len(self._queues[partition].in_flight) != 1:
+            return False
+        self.acknowledged(partition)
+        return True
+
     def refused(self, partition: Partition, *, for_size: bool) -> Stream | None:
         """Take back a batch that Kafka refuses.
 

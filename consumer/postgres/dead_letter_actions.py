@@ -1,6 +1,6 @@
-"""Locks, settles, records and publishes dead letters.
+"""Locks, settles and records dead letters.
 
-For an operator's transaction, and for the publisher. Tables: dead_letters, held, audit, letter_results, letters_to_publish.
+For an operator's transaction. Tables: dead_letters, held, audit, letter_results.
 dead_letters.py explains the locks of chains.
 """
 
@@ -62,13 +62,6 @@ insert into consumer.letter_results (entry, note, new_id, new_value)
 select r.entry, o.note, o.new_id, o.new_value from recorded r join actions o using (dead_letter)
 where o.note <> '' or o.new_id is not null or o.new_value is not null
 """
-_TO_PUBLISH = "insert into consumer.letters_to_publish (dead_letter) select unnest($1::int8[]) on conflict do nothing"
-_TAKE = """
-select d.*, h.app, h.name as handler_name from consumer.letters_to_publish p
-join consumer.dead_letters d using (dead_letter) join consumer.handlers h using (handler)
-where h.app = $1 order by p.dead_letter limit $2 for update of p skip locked
-"""
-_PUBLISHED = "delete from consumer.letters_to_publish where dead_letter = any($1)"
 
 Chain = tuple[int, UUID]  # handler and chain
 
@@ -152,18 +145,3 @@ async def erase(connection: Connection, numbers: Sequence[int], by: ActedBy) -> 
         if actions:
             await record(connection, actions)
     return len(erased)
-
-
-async def publish(connection: Connection, numbers: Sequence[int]) -> None:
-    """Queue dead letters for the dead-letter topic."""
-    await connection.execute(_TO_PUBLISH, numbers)
-
-
-async def take_unpublished(connection: Connection, app: str, limit: int) -> list[Any]:
-    """Lock and return dead letters to publish, the oldest first."""
-    return await connection.fetch(_TAKE, app, limit)
-
-
-async def mark_published(connection: Connection, numbers: Sequence[int]) -> None:
-    """Remove dead letters from the queue for the dead-letter topic."""
-    await connection.execute(_PUBLISHED, numbers)

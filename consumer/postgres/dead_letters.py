@@ -57,13 +57,6 @@ select distinct d.handler, d.chain, d.topic, d.partition from unnest($1::int2[],
 join consumer.dead_letters d on d.handler = o.handler and d.chain = o.chain
 on conflict do nothing
 """
-_TO_PUBLISH = """
-insert into consumer.letters_to_publish (dead_letter)
-select d.dead_letter from unnest($1::int2[], $2::uuid[], $3::int8[]) as o(handler, id, fingerprint)
-join consumer.dead_letters d using (handler, id, fingerprint)
-where d.state = 'dead' and d.died_at = now()   -- of this transaction
-on conflict do nothing
-"""
 _ASK = """
 with asked as materialized (
     select distinct handler, chain from unnest($1::int2[], $2::uuid[]) as o(handler, chain)
@@ -111,13 +104,8 @@ order by o.place
 """
 
 
-async def store(
-    connection: Connection, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
-) -> None:
-    """Store dead letters, and hold the chains of those that failed.
-
-    publish: also queue new ones for the dead-letter topic.
-    """
+async def store(connection: Connection, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int]) -> None:
+    """Store dead letters, and hold the chains of those that failed."""
     letters = [
         _letter(delivery, verdict, attempts.get(delivery, delivery.attempts)) for delivery, verdict in dead.items()
     ]
@@ -125,8 +113,6 @@ async def store(
     held = [row for row in letters if row[15] is not None]
     if held:
         await connection.execute(_HOLD, [row[0] for row in held], [row[15] for row in held])
-    if publish:
-        await connection.execute(_TO_PUBLISH, *([row[n] for row in letters] for n in range(3)))
 
 
 async def key_holds(connection: Connection, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:

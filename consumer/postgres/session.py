@@ -22,7 +22,7 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.outbox.record import Outgoing, StoredStream
-from consumer.postgres import claims, dead_letters, grants, handlers, outbox, positions, server
+from consumer.postgres import claims, dead_letter_copies, dead_letters, grants, handlers, outbox, positions, server
 from consumer.postgres.application_codecs import ConnectionInit, Preparer, application_connection, coded_types
 from consumer.postgres.claim_sql import ADVISORY_CLASS
 from consumer.postgres.claims import Claims, ExistingClaim
@@ -83,6 +83,7 @@ class Session:
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
         # Transactions of sessions with the same number run one at a time; 32 bits. None after a turn that came too late.
         self.turn: int | None = None
+        self._dead: list[tuple[int, bytes, int]] = []
         self._begin = f"begin isolation level read committed{local}"
 
     @classmethod
@@ -236,7 +237,13 @@ class Session:
         """
         if claimed:
             await self.claims.mark_dead(claimed)
-        await dead_letters.store(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
+        await dead_letters.store(self.connection, dead, attempts)
+        self._dead = [(delivery.handler.number, delivery.id, delivery.fingerprint) for delivery in dead]
+
+    async def dead_letter_copies(self) -> Sequence[Outgoing]:
+        """Return the copies of the dead letters that `store_dead_letters` stored."""
+        topic = self._settings.dead_letter_topic
+        return () if topic is None else await dead_letter_copies.of_new(self.connection, self._dead, topic)
 
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Save the attempts of delayed messages; delete those of settled ones.

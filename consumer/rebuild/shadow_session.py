@@ -172,6 +172,9 @@ class ShadowSession:
     ) -> None:
         """Store nothing: the messages keep their claims."""
 
+    async def dead_letter_copies(self) -> Sequence[Outgoing]:
+        return ()
+
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Store nothing: SinglePass counts the rounds."""
 

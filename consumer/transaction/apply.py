@@ -55,7 +55,7 @@ async def apply_batch(
         result.conclude(won)
 
         await _release_claims(session, won, result)  # of messages that are tried again
-        await _store_dead_letters(session, scheduler, won, result, limit)  # these keep their claim
+        has_dead = await _store_dead_letters(session, scheduler, won, result, limit)  # these keep their claim
         if not scheduler.is_current(batch):
             raise Fenced("its partitions were assigned again meanwhile: what it settled would be counted twice")
         # A position passes no message that is not settled. Compare-and-set: Fenced if another worker has moved it.
@@ -63,7 +63,10 @@ async def apply_batch(
         await _save_attempts(session, batch, result)
         result.counts = outcome_counts(result)
         await session.write_positions(ids.app, result.position_updates, numbered(result.counts, ids))
-        if outgoing := handlers.outgoing(result.applied):
+        outgoing = handlers.outgoing(result.applied)
+        if has_dead:
+            outgoing = [*outgoing, *await session.dead_letter_copies()]
+        if outgoing:
             # After the positions, as every transaction locks them in this order; their owner publishes it after COMMIT.
             result.published = await session.store_outgoing(ids.app, outgoing)
         on_step("before_commit")
@@ -84,11 +87,14 @@ async def _store_dead_letters(
     won: Sequence[Delivery],
     result: BatchResult,
     limit: DeadLetterRateLimit | None,
-) -> None:
-    """Store the dead letters. Raises TooManyDeadLetters beyond the limit."""
+) -> bool:
+    """Store the dead letters, and return whether there are any.
+
+    Raises TooManyDeadLetters beyond the limit.
+    """
     dead = result.dead
     if not dead:
-        return
+        return False
     if limit is not None:
         for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():
             limit.check(handler, messages, reasons)
@@ -97,6 +103,7 @@ async def _store_dead_letters(
             scheduler.mark_possibly_held(delivery)
     attempts = {delivery: failure.attempts for delivery, failure in result.failures.items()}
     await session.store_dead_letters(dead, attempts, claimed=[delivery for delivery in won if delivery in dead])
+    return True
 
 
 async def _save_attempts(session: BatchStore, batch: Batch, result: BatchResult) -> None:

@@ -5,7 +5,6 @@ Nothing runs here: worker.py starts and ends the parts. Limitations: connects to
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -14,7 +13,6 @@ from consumer.app import App
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Scheduler
 from consumer.core.shard_route import Router
-from consumer.dead_letters.publisher import publish_loop
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.metrics.recorder import Recorder
 from consumer.retention.task import Keeper, Timestamps
@@ -133,10 +131,14 @@ class Parts:
         )
         return MetricsReport(self.recorder, self._app.handlers.values(), worker, report)
 
+    @property
+    def _publishes(self) -> bool:
+        return bool(self._app.publishes) or self._settings.dead_letter_topic is not None
+
     def _outbox_relays(self) -> dict[str, OutboxRelay]:
         """Return the relay of each database; none where nothing is published."""
         app, settings = self._app, self._settings
-        if not app.publishes or settings.outbox_relay == "off":
+        if not self._publishes or settings.outbox_relay == "off":
             return {}
         return {
             shard.name: OutboxRelay(
@@ -163,6 +165,7 @@ class Parts:
             self.connections,
             self.lifetime,
             relay.committed if relay is not None else lambda epoch, stored: None,
+            self._settings.dead_letter_topic,
         )
 
     def _add_record_flow(self, report: Report, path: str) -> None:
@@ -250,7 +253,7 @@ class Parts:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Return the worker's loops; each runs until cancelled or failed."""
-        app, settings, health = self._app, self._settings, self.health
+        app, health = self._app, self.health
         loops = [self._fetcher.run(), self._commits.run(), self._log_monitor.run()]
         if self.metrics_report is not None:
             loops.append(self.metrics_report.run())
@@ -260,12 +263,7 @@ class Parts:
             upkeep = Upkeep(app, shard, self.partitions, reporter, self.connections, self.message_log)
             loops += [upkeep.run(), self.assignment.position_partitions(shard)]
             loops.append(Keeper(shard.settings, app.name, self.source, self._random).run())
-            if (topic := settings.dead_letter_topic) is not None:
-                open_session = functools.partial(self.connections.open, shard)
-                loops.append(
-                    publish_loop(app.name, topic, shard.settings, open_session, self._results.dead_letters_added)
-                )
-            if app.publishes:
+            if self._publishes:
                 loops.append(self._outbox_intake(shard).run())
         loops += [relay.run() for relay in self.relays.values()]
         return loops + [runner.run() for runner in self._runners]

@@ -6,7 +6,6 @@ transaction holds what was done, and its positions.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -29,10 +28,7 @@ from consumer.worker.shard import LaneState
 
 
 class BatchResults:
-    """Records what the lanes of one worker have settled.
-
-    dead_letters_added: set when there are dead letters to publish.
-    """
+    """Records what the lanes of one worker have settled."""
 
     def __init__(
         self,
@@ -47,7 +43,6 @@ class BatchResults:
     ) -> None:
         self._metrics = metrics
         self._relays = relays  # by the name of their shard
-        self.dead_letters_added = asyncio.Event()
         self._table = table
         self._source = source
         self._router = router
@@ -95,8 +90,6 @@ class BatchResults:
     def _count(self, result: BatchResult) -> None:
         for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():
             self._dead_letter_rate.settled(handler, messages, reasons)
-            if reasons:
-                self.dead_letters_added.set()
         if self._evidence.is_needed:
             for handler in {delivery.handler.name for delivery in result.applied}:
                 self._evidence.succeeded(handler)

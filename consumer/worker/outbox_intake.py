@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from consumer.logs import describe, event
 from consumer.outbox.record import Outgoing, StoredStream
 from consumer.outbox.streams import INTAKE, home
-from consumer.postgres import outbox_intake
+from consumer.postgres import dead_letter_copies, outbox_intake
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Outage
+from consumer.postgres.protocol import Connection
 from consumer.postgres.session import Session
 from consumer.worker.connections import Connections
 from consumer.worker.lifetime import Lifetime
@@ -28,7 +29,8 @@ _PAUSE_SECONDS = (0.05, 1.0)
 class OutboxIntake:
     """Moves rows for one worker, over the connection beside its lanes.
 
-    topics: of the App. on_moved: called with an epoch and the rows whose COMMIT has returned.
+    topics: of the App. on_moved: called with an epoch and the rows whose COMMIT has returned. dead_letter_topic: where one is
+    set, dead letters that a worker of the version before has not published are moved, too.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class OutboxIntake:
         connections: Connections,
         lifetime: Lifetime,
         on_moved: Callable[[str, Sequence[StoredStream]], None],
+        dead_letter_topic: str | None,
     ) -> None:
         self._app = app
         self._home = home(topics)
@@ -48,6 +51,7 @@ class OutboxIntake:
         self._connections = connections
         self._lifetime = lifetime
         self._on_moved = on_moved
+        self._dead_letter_topic = dead_letter_topic
 
     async def run(self) -> None:
         """Move rows until the worker stops.
@@ -77,7 +81,7 @@ class OutboxIntake:
                 return False
             try:
                 with translated_errors(self._shard.settings):
-                    if not await outbox_intake.is_waiting(session.connection, self._app):
+                    if not await self._is_waiting(session.connection):
                         return False
                     stored = await self._move_some(session)
             except BaseException:
@@ -86,9 +90,17 @@ class OutboxIntake:
         self._on_moved(session.epoch, stored)
         return bool(stored)
 
+    async def _is_waiting(self, connection: Connection) -> bool:
+        if await outbox_intake.is_waiting(connection, self._app):
+            return True
+        return self._dead_letter_topic is not None and await dead_letter_copies.is_left(connection, self._app)
+
     async def _move_some(self, session: Session) -> Sequence[StoredStream]:
         await session.begin()
         records = await outbox_intake.take(session.connection, self._app)
+        if self._dead_letter_topic is not None:
+            left = await dead_letter_copies.take_left(session.connection, self._app, self._dead_letter_topic)
+            records += [copy.record for copy in left]
         stored: Sequence[StoredStream] = ()
         if records:
             stored = await session.store_outgoing(

@@ -139,9 +139,7 @@ class OutboxSender:
                 with self.sending(partition, rows):
                     await self._until_acknowledged(producer, partition, rows)
         except Refused as refused:
-            stream = self._queues.refused(partition, for_size=refused.for_size)
-            if stream is not None:
-                self._on_stopped(stream, str(refused))
+            self._refused(partition, refused)
             self._pause = _BACKOFF_SECONDS[0]  # Kafka answers
             self._replace(producer)
         except asyncio.CancelledError:
@@ -157,6 +155,24 @@ class OutboxSender:
             self._on_step("outbox_sent")
             self._queues.acknowledged(partition)
             self._wake.set()
+
+    def _refused(self, partition: Partition, refused: Refused) -> None:
+        if (
+            refused.for_size
+            and partition.topic == self._settings.dead_letter_topic
+            and self._queues.leave_out(partition)
+        ):
+            # A copy must not stop those of other dead letters; PostgreSQL keeps the dead letter itself.
+            event(
+                logging.ERROR,
+                "a dead letter cannot be published and is left out; it stays in postgresql",
+                topic=partition.topic,
+                error=str(refused),
+            )
+            return
+        stream = self._queues.refused(partition, for_size=refused.for_size)
+        if stream is not None:
+            self._on_stopped(stream, str(refused))
 
     async def _until_acknowledged(self, producer: BatchProducer, partition: Partition, rows: list[Row]) -> None:
         sending = asyncio.ensure_future(producer.send(partition, rows))

@@ -115,7 +115,7 @@ class Worker:
             return False
         starting.result()
         if parts.relays:
-            await check_topics(self._app, self._settings, lifetime)
+            await check_topics(self._app, self._settings, lifetime, self.source.log)
         self.source.subscribe(self._app.topics, parts.assignment.on_revoked, parts.assignment.on_assigned)
         event(
             logging.INFO,

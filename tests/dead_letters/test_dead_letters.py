@@ -15,7 +15,6 @@ from uuid import uuid4
 
 import dead_letters_app
 import pytest
-from aiokafka import AIOKafkaConsumer
 from harness import (
     ROOT,
     Place,
@@ -31,6 +30,7 @@ from harness import (
     value,
     working,
 )
+from outgoing import all_published, check_published, records_of, values
 from proxy import Proxy
 
 from consumer.dead_letters.retry import DeadLetterRetrier, Filters
@@ -399,40 +399,40 @@ async def test_outage_of_any_service_makes_no_dead_letter(shop: Shop, postgres: 
     assert await value(shop.place.dsn, "select count(*) from consumer.attempts") == 0
 
 
-async def test_dead_letters_are_published_again_after_a_crash_under_the_same_id(shop: Shop) -> None:
-    target = await shop.place.topic(1)
-    settings = shop.place.settings(dead_letter_topic=target)
-    await shop.fail("fails", "bad")
+async def test_dead_letters_reach_the_topic_in_order_and_again_under_the_same_ids(shop: Shop, tmp_path: Path) -> None:
+    target = await shop.place.topic(2)
+    settings = shop.place.settings(dead_letter_topic=target, batch_messages_max=2)
+    ids = [f"bad{number}" for number in range(6)]
+    await shop.fail("fails", *ids, "behind")
     await shop.place.send(
-        shop.topic, Sent({"id": "bad", "amount": 1}, id="bad", key="k", headers=[("trace", b"t1")]), sent("behind")
+        shop.topic,
+        *[Sent({"id": id, "amount": 1}, id=id, key=f"k{id}", headers=[("trace", b"t1")]) for id in ids],
+        Sent({"id": "behind", "amount": 1}, id="behind", key="kbad5"),
     )
-    reader = AIOKafkaConsumer(target, bootstrap_servers=shop.place.kafka, auto_offset_reset="earliest")
-    await reader.start()
-    try:
-        await consume_all(shop.app, settings)
-        async with working(shop.app, settings):
-            first = await asyncio.wait_for(reader.getone(), 30)
-            # A crash between Kafka's acknowledgement and our forgetting leaves the row.
-            await query(
-                shop.place.dsn,
-                "insert into consumer.letters_to_publish select dead_letter from consumer.dead_letters where state = 'dead' on conflict do nothing",
-            )
-            again = await asyncio.wait_for(reader.getone(), 30)
-            nothing_left = "select count(*) = 0 from consumer.letters_to_publish"
-            await until("nothing to be left", lambda: value(shop.place.dsn, nothing_left))
-        number = (await shop.numbers())["bad"]
-        headers = dict(first.headers)
-        assert (first.key, json.loads(first.value)) == (b"k", {"id": "bad", "amount": 1})
-        assert headers["message-id"] == b"bad" and headers["trace"] == b"t1"
-        assert (
-            headers["dead-letter-id"]
-            == f"{shop.name}/settle/{number}".encode()
-            == dict(again.headers)["dead-letter-id"]
-        )
-        assert headers["dead-letter-error"] == b"ValueError" and headers["dead-letter-reason"] == b"failed"
-        assert "account" not in str(first.headers)  # the text of the error may quote the payload
-    finally:
-        await reader.stop()
+    async with working(shop.app, settings):
+        await drained(shop.app, settings)
+        await all_published(shop.place)
+    first = await check_published(shop.place, target)
+    assert sorted(values(first), key=lambda letter: str(letter["id"])) == [{"id": id, "amount": 1} for id in ids]
+    for partition in range(2):
+        part = [letter for letter in first if letter.partition == partition]
+        assert [letter.value for letter in part] == sorted(letter.value for letter in part)
+    letter, number = first[0], (await shop.numbers())[json.loads(first[0].value)["id"]]
+    headers, id = dict(letter.headers), json.loads(letter.value)["id"].encode()
+    assert (letter.key, headers["trace"], headers["dead-letter-message-id"]) == (b"k" + id, b"t1", id)
+    assert headers["message-id"] != id and headers["dead-letter-id"] == f"{shop.name}/settle/{number}".encode()
+    assert headers["dead-letter-error"] == b"ValueError" and headers["dead-letter-reason"] == b"failed"
+    assert "account" not in str(letter.headers)  # the text of the error may quote the payload
+
+    # Its worker died before it noted Kafka's acknowledgement; and the one that waited becomes a dead letter, too.
+    await query(shop.place.dsn, "update consumer.outbox_published set next_seq = 0 returning 1")
+    await query(shop.place.dsn, "delete from faults where id = 'bad5'")
+    await shop.dlq(tmp_path, "retry", "--all", "--yes", "--dead-letter-topic", target, code=1)
+    async with working(shop.app, settings):
+        await all_published(shop.place)
+    again = await check_published(shop.place, target)
+    assert len(await records_of(shop.place.kafka, target)) >= 13 and len(again) == 7
+    assert {"id": "behind", "amount": 1} in values(again)
 
 
 def test_a_dead_letter_topic_that_the_app_consumes_is_refused(tmp_path: Path, place: Place) -> None:

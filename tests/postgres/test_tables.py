@@ -16,6 +16,7 @@ from consumer.postgres import (
     applied_queries,
     claims,
     dead_letter_actions,
+    dead_letter_copies,
     dead_letter_queries,
     dead_letters,
     generations,
@@ -259,10 +260,9 @@ async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: a
         assert await a.release(connection, [chain]) == [chain]
     assert [row["letter"] for row in await q.actions(connection, dead, 5)] == [dead]
     assert [row["letter"] for row in await q.actions_on(connection, everything._replace(states=None))] == [dead]
-    await a.publish(connection, [dead, dead])
-    assert [row["dead_letter"] for row in await a.take_unpublished(connection, APP, 5)] == [dead]
-    await a.mark_published(connection, [dead])
-    assert await a.take_unpublished(connection, APP, 5) == []
+    copies = await dead_letter_copies.of_numbers(connection, [waiting, dead], "letters")
+    assert [(copy.record.topic, copy.source, copy.offset) for copy in copies] == [("letters", P, 1), ("letters", P, 2)]
+    assert await dead_letter_copies.of_new(connection, [(handler, ID.bytes, 7)], "letters") == []  # of this transaction
     ranges = q.Ranges(["orders"], [0], [0], [9])
     selection = q.Selection([handler], ranges, None, None)
     assert await q.last_number(connection) == waiting

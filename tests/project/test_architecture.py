@@ -101,6 +101,7 @@ PURE = {
     "metrics/recorder.py",
     "metrics/totals.py",
     "outbox/__init__.py",
+    "outbox/dead_letter_copy.py",
     "outbox/digest.py",
     "outbox/record.py",
     "outbox/send_queues.py",

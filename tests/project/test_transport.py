@@ -55,6 +55,7 @@ from consumer.postgres.connection import connect
 from consumer.precheck.client import Precheck
 from consumer.schemes.lock import Lock
 from consumer.schemes.tokens import Fresh, Tokens, Used
+from consumer.worker.worker import Worker
 
 NOWHERE = "10.255.255.1"  # never connected to: what leads there is refused first
 
@@ -331,8 +332,16 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
     await source.start(10)
     try:
         assert await source.log.partitions([topic, closed]) == {topic: [(topic, 0), (topic, 1)], closed: []}
+        # Read is not Write: a worker does not find that out after it has stored what it cannot publish.
+        assert await source.log.not_writable([topic, closed]) == {topic, closed}
     finally:
         await source.stop(5)
+    publishing = App(app.name, publishes=[closed])
+    publishing.handler(topic)(app.handlers["settle"].function)
+    with pytest.raises(
+        Misconfigured, match=f"the topic '{closed}' may not be written to; give this Kafka user the right"
+    ):
+        await Worker(publishing, settings).run()
 
 
 # -- PostgreSQL -------------------------------------------------------------------------------------------------------
