@@ -1,7 +1,7 @@
 """Reads the dead letters of the open transaction, for the dead-letter topic.
 
-Table: letters_to_publish, where workers of a version before 0.2 put dead letters on their way. They publish them, too; what
-the last of them leaves is taken from there.
+Table: letters_to_publish, where workers of the version before put dead letters on their way. They publish them, too; what the
+last of them leaves is taken from there.
 """
 
 from __future__ import annotations

@@ -435,6 +435,20 @@ async def test_dead_letters_reach_the_topic_in_order_and_again_under_the_same_id
     assert {"id": "behind", "amount": 1} in values(again)
 
 
+async def test_dead_letters_that_the_version_before_has_not_published_are(shop: Shop) -> None:
+    target = await shop.place.topic(1)
+    await shop.fail("fails", "a", "b")
+    await shop.send("a", "b", key=None)
+    await consume_all(shop.app, shop.place.settings())
+    left = "insert into consumer.letters_to_publish select dead_letter from consumer.dead_letters returning 1"
+    assert len(await query(shop.place.dsn, left)) == 2
+    async with working(shop.app, shop.place.settings(dead_letter_topic=target)):
+        await until("none to be left", lambda: value(shop.place.dsn, "select count(*) = 0 from consumer.letters_to_publish"))
+        await all_published(shop.place)
+    published = values(await check_published(shop.place, target))
+    assert sorted(letter["id"] for letter in published) == ["a", "b"]
+
+
 def test_a_dead_letter_topic_that_the_app_consumes_is_refused(tmp_path: Path, place: Place) -> None:
     environment = {"TEST_APP": "loop", "TEST_TOPIC": "loop-topic", "PYTHONPATH": PATH}
     result = consumer(
