@@ -443,7 +443,9 @@ async def test_dead_letters_that_the_version_before_has_not_published_are(shop: 
     left = "insert into consumer.letters_to_publish select dead_letter from consumer.dead_letters returning 1"
     assert len(await query(shop.place.dsn, left)) == 2
     async with working(shop.app, shop.place.settings(dead_letter_topic=target)):
-        await until("none to be left", lambda: value(shop.place.dsn, "select count(*) = 0 from consumer.letters_to_publish"))
+        await until(
+            "none to be left", lambda: value(shop.place.dsn, "select count(*) = 0 from consumer.letters_to_publish")
+        )
         await all_published(shop.place)
     published = values(await check_published(shop.place, target))
     assert sorted(letter["id"] for letter in published) == ["a", "b"]
