@@ -220,8 +220,9 @@ class App:
         """Publish in your own transaction, for example in a web application.
 
         ``async with app.publishing(connection) as out: out.publish(topic, value)`` stores the records when the block ends,
-        in the transaction that is open on this asyncpg connection. They commit with your writes, or not at all. A worker of
-        the App sends them, within about a second.
+        in the transaction that is open on this asyncpg connection, or on SQLAlchemy's AsyncSession or AsyncConnection (with
+        its driver asyncpg). They commit with your writes, or not at all. A worker of the App sends them, within about a
+        second.
 
         Raises TransactionMisuse where no transaction is open; Misconfigured where the table or the right to insert is
         missing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from consumer.core.identity import event_id, ids_of_text, reads_like_offset
-from consumer.postgres import ledger_queries, positions
+from consumer.postgres import effects, ledger_queries, positions
 from consumer.postgres.protocol import Connection
 
 _DEAD_LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
@@ -14,7 +14,7 @@ _DEAD_LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 async def find_message(
     connection: Connection, app: str, text: str | bytes, source: str | None = None
 ) -> dict[str, Any]:
-    """Return what each handler of an App did with a message id.
+    """Return what each handler of an App did with a message id, and which calls it made.
 
     source: the source of the CloudEvent with that id.
     """
@@ -27,9 +27,12 @@ async def find_message(
     else:
         keys = ids_of_text(raw)
     rows = [row for row in await ledger_queries.show(connection, keys) if row["app"] == app]
+    calls = await effects.calls(connection, app, keys)
+    known = [*rows, *calls]
     return {
-        "key": (rows[0]["id"].bytes if rows else keys[0]).hex(),
+        "key": (known[0]["id"].bytes if known else keys[0]).hex(),
         "handlers": [_handler(row) for row in rows],
+        "effects": [_call(row) for row in calls],
     }
 
 
@@ -46,4 +49,14 @@ def _handler(row: Any) -> dict[str, Any]:
         "offset": row["offset"],
         "letter": row["dead_letter"],
         "reason": row["reason"],
+    }
+
+
+def _call(row: Any) -> dict[str, Any]:
+    return {
+        "handler": row["handler"],
+        "key": row["key"],
+        "calls": row["attempts"],
+        "first_call_at": row["first_at"].isoformat(),
+        "result_at": row["result_at"].isoformat() if row["result_at"] else None,
     }

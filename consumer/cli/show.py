@@ -35,6 +35,8 @@ def show(
 ) -> Any:
     """Show when, from where and by which handler a message was applied.
 
+    Also the calls of other systems for it, with their idempotency keys.
+
     Exit code 1 when the App does not know the id.
     """
     id: str | bytes = message_id
@@ -67,7 +69,7 @@ async def _show(app: NamedApp, id: str | bytes, source: str | None, settings: Se
     answer = await with_ledger(settings, ask)
     if as_json:
         print_json(answer)
-    elif not answer["handlers"]:
+    elif not answer["handlers"] and not answer["effects"]:
         line(f"unknown: no handler of {app.name!r} has applied this id, and it is no dead letter")
     else:
         for handler in answer["handlers"]:
@@ -76,4 +78,10 @@ async def _show(app: NamedApp, id: str | bytes, source: str | None, settings: Se
             if handler["letter"]:
                 text += f" ({handler['reason']}; consumer dlq show APP {handler['letter']})"
             line(text)
-    return 0 if answer["handlers"] else 1
+        for call in answer["effects"]:
+            result = f"result known since {call['result_at']}" if call["result_at"] else "its result is not known"
+            line(
+                f"called by {app.name}/{call['handler']} with idempotency key {call['key']}: {call['calls']} since "
+                f"{call['first_call_at']}; {result}"
+            )
+    return 0 if answer["handlers"] or answer["effects"] else 1

@@ -7,6 +7,7 @@ would call again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 from consumer.postgres.protocol import Connection
@@ -43,6 +44,10 @@ where (e.handler, e.id, e.attempts) = (o.handler, o.id, o.attempts) and e.result
 _RESULTS = """
 select e.handler, e.id, e.result from unnest($1::int2[], $2::uuid[]) as o(handler, id)
 join consumer.effects e using (handler, id) where e.result is not null
+"""
+_CALLS = """
+select h.name as handler, e.id, e.key, e.attempts, e.first_at, e.result_at
+from consumer.effects e join consumer.handlers h using (handler) where e.id = any($1::uuid[]) and h.app = $2 order by h.name, e.id
 """
 # Results of messages that the ledger does not know any more: a later delivery is too old. Dead letters keep their row of
 # the ledger, and calls without a result may still be asked about.
@@ -99,6 +104,14 @@ async def finish(
 async def results_of(connection: Connection, keys: Sequence[Key]) -> dict[Key, bytes]:
     """Return the results that are known."""
     return {(row[0], row[1].bytes): row[2] for row in await connection.fetch(_RESULTS, *_columns(keys))}
+
+
+async def calls(connection: Connection, app: str, ids: Sequence[bytes]) -> list[Any]:
+    """Return the calls of an application's handlers for message ids.
+
+    Of each: handler, id, key, attempts, first_at and result_at, which is None while the result is not known.
+    """
+    return await connection.fetch(_CALLS, [UUID(bytes=id) for id in ids], app)
 
 
 async def forget(connection: Connection) -> None:

@@ -113,7 +113,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "outbox_generations": ("select",),
     "outbox_actions": (),
     "outbox_intake": ("select (app, place, id, topic, created_at)",),
-    "effects": ("select (handler, id, payload, first_at, attempts, result_at)",),
+    "effects": ("select (handler, id, key, payload, first_at, attempts, result_at)",),
 }
 # Enough for `app.publishing` in a web application: it inserts, and reads nothing of this schema.
 _PUBLISHER: Mapping[str, tuple[str, ...]] = {

@@ -6,6 +6,7 @@ database.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +22,11 @@ from consumer.outbox.record import (
     encoded_key,
     encoded_value,
     given_id,
+)
+
+_ENDED = (
+    "publishing: the transaction ended inside of the block, and its messages are not stored; commit after `async with "
+    "app.publishing(...)`"
 )
 
 
@@ -72,13 +78,14 @@ class Publishing:
 
 
 @asynccontextmanager
-async def publishing(connection: Any, app: str, topics: Mapping[str, int]) -> AsyncIterator[Publishing]:
-    """Yield what publishes, and store it in the connection's open transaction.
+async def publishing(given: Any, app: str, topics: Mapping[str, int]) -> AsyncIterator[Publishing]:
+    """Yield what publishes, and store it in the open transaction.
 
-    An error in the block stores nothing. Raises TransactionMisuse without an open transaction, Misconfigured where the
-    table or the right to insert is missing, and what the driver raises.
+    given: a connection of asyncpg, or SQLAlchemy's AsyncSession or AsyncConnection on one. An error in the block stores
+    nothing. Raises TransactionMisuse without an open transaction, Misconfigured where the table or the right to insert is
+    missing, and what the driver raises.
     """
-    _check_transaction(connection)
+    connection, transaction = await _open_transaction(given)
     out = Publishing(topics)
     try:
         yield out
@@ -86,12 +93,40 @@ async def publishing(connection: Any, app: str, topics: Mapping[str, int]) -> As
         out._end()
         raise
     if records := out._end():
-        _check_transaction(connection)
         from consumer.postgres import (
             outbox_intake,
         )  # here: the pytest plugin imports this file and must not load the driver
 
+        # SQLAlchemy would begin another one by itself, which nobody commits.
+        if transaction is not None and _sync_of(given).get_transaction() is not transaction:
+            raise TransactionMisuse(_ENDED)
+        _check_transaction(connection)
         await outbox_intake.put(connection, app, records)
+
+
+async def _open_transaction(given: Any) -> tuple[Any, Any]:
+    """Return the connection of asyncpg, and SQLAlchemy's transaction.
+
+    SQLAlchemy begins by itself, in PostgreSQL with its first statement.
+    """
+    sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")  # loaded, if an object of it is given
+    if sqlalchemy is None or not isinstance(
+        given, sqlalchemy.AsyncSession | sqlalchemy.async_scoped_session | sqlalchemy.AsyncConnection
+    ):
+        _check_transaction(given)
+        return given, None
+    connection = given if isinstance(given, sqlalchemy.AsyncConnection) else await given.connection()
+    raw = (await connection.get_raw_connection()).driver_connection
+    if hasattr(raw, "is_in_transaction") and not raw.is_in_transaction():
+        await connection.exec_driver_sql("select 1")
+    _check_transaction(raw)
+    return raw, _sync_of(given).get_transaction()
+
+
+def _sync_of(given: Any) -> Any:
+    """Return the object that a session or connection of SQLAlchemy stands for."""
+    session = given() if hasattr(given, "registry") else given  # of a scope
+    return getattr(session, "sync_session", None) or session.sync_connection
 
 
 def _check_transaction(connection: Any) -> None:
@@ -99,10 +134,10 @@ def _check_transaction(connection: Any) -> None:
     if is_in_transaction is None:
         raise TransactionMisuse(
             f"publishing: a {type(connection).__name__} is no connection of asyncpg; give the one that your transaction is "
-            "open on (in a handler, use tx.publish)"
+            "open on, or SQLAlchemy's AsyncSession on one (in a handler, use tx.publish)"
         )
     if not is_in_transaction():
         raise TransactionMisuse(
             "publishing: no transaction is open, so the message could be stored without your writes; publish inside of "
-            "`async with connection.transaction():`"
+            "`async with connection.transaction():`, with SQLAlchemy without AUTOCOMMIT"
         )

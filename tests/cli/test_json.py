@@ -199,6 +199,8 @@ async def _other_commands(contract: Contract) -> None:
     contract.run("pause", "pause", "--topic", contract.topic, "--why", "again")
     contract.run("status", "status")
     contract.run("resume", "resume", "--why", "a test")
+    call = "insert into consumer.effects (handler, id, key, payload) select handler, id, 'key', 1 from consumer.ledger returning 1"
+    await query(contract.place.dsn, call)
     contract.run("show", "show", "a")
     contract.run("show", "show", "c")
     contract.run("show", "show", "never seen")

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import uuid
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from harness import Place, Sent, consume_all, letters, query, value
+from harness import Place, Sent, consume_all, consumer, letters, query, value
 
 from consumer import App, Call, Message, Retry, Tx
 from consumer.core.identity import message_id
@@ -45,7 +46,7 @@ async def retried(app: App, place: Place) -> list[str]:
     return [result.outcome for result in done]
 
 
-async def test_commands_after_a_call_without_a_result(place: Place) -> None:
+async def test_commands_after_a_call_without_a_result(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
     calls: list[str] = []
     fails = [True]
@@ -54,11 +55,16 @@ async def test_commands_after_a_call_without_a_result(place: Place) -> None:
     await consume_all(app, place.settings())
     assert await place.reasons() == ["effect_unknown", "behind"]
     assert len(calls) == 1  # the one behind was not called
+    shown = consumer(tmp_path, "show", app.name, "a", CONSUMER_POSTGRES_DSN=place.worker_dsn).stdout
+    assert f"called by {app.name}/charge with idempotency key {calls[0]}: 1 since " in shown
+    assert "its result is not known" in shown
     assert await retried(app, place) == ["effect_unknown"]
     fails[0] = False
     assert await retried(app, place) == ["applied", "applied"]
     assert calls[0] == calls[1] == calls[2] != calls[3]
     assert [row[0] for row in await place.effects()] == ["a receipt", "b receipt"]
+    shown = consumer(tmp_path, "show", app.name, "a", CONSUMER_POSTGRES_DSN=place.worker_dsn).stdout
+    assert f"idempotency key {calls[0]}: 3 since " in shown and "; result known since " in shown
 
     source = KafkaConsumer(place.settings(), None)
     await source.start(10)

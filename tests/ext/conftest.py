@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("sqlalchemy") and find_spec("sqlmodel") else ["test_sqlalchemy.py"]
+if not (find_spec("sqlalchemy") and find_spec("sqlmodel")):
+    collect_ignore = ["test_sqlalchemy.py", "test_sqlalchemy_publishing.py"]
