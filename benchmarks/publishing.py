@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -24,18 +25,20 @@ from consumer.worker.outbox_relay import OutboxRelay
 
 _PUBLISHED = "select coalesce(sum(next_seq), 0)::int8 from consumer.outbox_published"
 _RATE, _SECONDS = 1000, 8
+_PARTS = 6  # of a long run
 _PARTITIONS = 8
 BY_HAND = "by hand: transaction, send, offset commit"
 
 
-def _app(topic: str, out: str) -> App:
+def _app(topic: str, out: str, *, with_update: bool = True) -> App:
     app = App(f"bench-{uuid.uuid4().hex[:8]}", publishes=[out])
 
     @app.handler(topic)
     async def settle(message: Message[Payment], tx: Tx) -> None:
         payment = message.value
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
-        tx.defer(UPDATE, payment.account, payment.amount)
+        if with_update:
+            tx.defer(UPDATE, payment.account, payment.amount)
         tx.publish(out, {"account": payment.account, "amount": payment.amount}, key=message.key)
 
     return app
@@ -182,13 +185,11 @@ async def publishing(bench: Bench, given: Options) -> ScenarioResult:
     )
 
 
-async def publishing_latency(bench: Bench, given: Options) -> ScenarioResult:
-    """From the return of COMMIT to Kafka's acknowledgement, at a steady rate."""
-    dsn = await bench.database()
-    topic = await new_topic(bench.kafka.bootstrap_servers, _PARTITIONS)
-    out = await new_topic(bench.kafka.bootstrap_servers, _PARTITIONS)
+@contextmanager
+def _timed() -> Iterator[list[tuple[float, float]]]:
+    """Note of each row when it was committed, and how many seconds later Kafka acknowledged it."""
     committed_at: dict[tuple[int, int], float] = {}
-    waits: list[float] = []
+    waits: list[tuple[float, float]] = []
     committed, acknowledged = OutboxRelay.committed, SendQueues.acknowledged
 
     def noting(self: OutboxRelay, epoch: str, stored: list[StoredStream]) -> None:
@@ -202,36 +203,76 @@ async def publishing_latency(bench: Bench, given: Options) -> ScenarioResult:
         now = time.perf_counter()
         for row in self._queues[partition].in_flight:  # type: ignore[index]
             if (at := committed_at.pop((row.stream.number, row.seq), None)) is not None:
-                waits.append(now - at)
+                waits.append((at, now - at))
         acknowledged(self, partition)  # type: ignore[arg-type]
 
     OutboxRelay.committed, SendQueues.acknowledged = noting, answered  # type: ignore[method-assign, assignment]
     try:
-        async with bench.working(_app(topic, out), bench.settings(dsn)):
-            await _steady(bench, topic)
-            watcher = await asyncpg.connect(dsn)
-            await _reached(watcher, _PUBLISHED, _RATE * _SECONDS)
-            await watcher.close()
+        yield waits
     finally:
         OutboxRelay.committed, SendQueues.acknowledged = committed, acknowledged  # type: ignore[method-assign]
-    await bench.drop(dsn)
-    waits = sorted(waits[_RATE:])  # without the first second
-    row: Row = {
-        "at": f"{_RATE:,} msg/s",
-        "p50, ms": f"{waits[len(waits) // 2] * 1000:.1f}",
-        "p99, ms": f"{waits[len(waits) * 99 // 100] * 1000:.1f}",
-        "highest, ms": f"{waits[-1] * 1000:.0f}",
+
+
+def _row(name: str, waits: Sequence[float]) -> Row:
+    ordered = sorted(waits)
+    return {
+        "at": name,
+        "p50, ms": f"{ordered[len(ordered) // 2] * 1000:.1f}",
+        "p99, ms": f"{ordered[len(ordered) * 99 // 100] * 1000:.1f}",
+        "highest, ms": f"{ordered[-1] * 1000:.0f}",
     }
+
+
+async def publishing_latency(bench: Bench, given: Options) -> ScenarioResult:
+    """From the return of COMMIT to Kafka's acknowledgement, at a steady rate."""
+    with _timed() as waits:
+        await _at_a_steady_rate(bench, _SECONDS)
+    row = _row(f"{_RATE:,} msg/s", [wait for _, wait in waits[_RATE:]])  # without the first second
     return ScenarioResult(
         "From the return of COMMIT to Kafka's acknowledgement; producer, worker and servers on one machine.", [row]
     )
 
 
-async def _steady(bench: Bench, topic: str) -> None:
+async def publishing_steady(bench: Bench, given: Options) -> ScenarioResult:
+    """The same for long, while a transaction from before is open: no row version can be removed."""
+    with _timed() as waits:
+        await _at_a_steady_rate(bench, given.seconds, is_old_open=True)
+    begun, rows = waits[0][0], []
+    for part in range(_PARTS):
+        first, end = (begun + given.seconds * n / _PARTS for n in (part, part + 1))
+        of_part = [wait for at, wait in waits if first <= at < end]
+        if not of_part:
+            rows.append({"at": f"part {part + 1} of {_PARTS}: nothing"})
+            continue
+        minutes = f"minute {given.seconds * part / _PARTS / 60:.0f} to {given.seconds * (part + 1) / _PARTS / 60:.0f}"
+        rows.append({**_row(minutes, of_part), "msg/s": f"{len(of_part) * _PARTS / given.seconds:,.0f}"})
+    return ScenarioResult(
+        f"{_RATE:,} messages a second, each published once; a transaction that has read and written is open all the time.",
+        rows,
+    )
+
+
+async def _at_a_steady_rate(bench: Bench, seconds: float, *, is_old_open: bool = False) -> None:
+    dsn = await bench.database()
+    topic = await new_topic(bench.kafka.bootstrap_servers, _PARTITIONS)
+    out = await new_topic(bench.kafka.bootstrap_servers, _PARTITIONS)
+    watcher, old = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+    if is_old_open:
+        await old.execute("begin isolation level repeatable read; select txid_current()")
+    # Rows that the application updates would become slow by themselves beside an old transaction.
+    async with bench.working(_app(topic, out, with_update=not is_old_open), bench.settings(dsn)):
+        await _steady(bench, topic, seconds)
+        await _reached(watcher, _PUBLISHED, int(_RATE * seconds))
+    for connection in (watcher, old):
+        await connection.close()
+    await bench.drop(dsn)
+
+
+async def _steady(bench: Bench, topic: str, seconds: float) -> None:
     producer = AIOKafkaProducer(bootstrap_servers=bench.kafka.bootstrap_servers, linger_ms=1)
     await producer.start()
     begun = time.perf_counter()
-    for number in range(_RATE * _SECONDS):
+    for number in range(int(_RATE * seconds)):
         account = number % 1000
         payload = body(uuid.uuid4(), account, 1)
         await producer.send(

@@ -10,6 +10,7 @@ the highest. After every drain the effects are compared with what was produced: 
     make bench ARGS="--scenario reference --only defer"     some contestants
     make bench ARGS="--scenario ledger --ledger-rows 50000000"
     make bench ARGS="--scenario memory --messages 10000000 --rounds 1"
+    make bench ARGS="--scenario publishing-steady --seconds 3600"
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from bench import ROOT, Bench, servers
 from contest import Options, ScenarioResult, table
 from plot import bars
-from publishing import publishing, publishing_latency
+from publishing import publishing, publishing_latency, publishing_steady
 from scenarios import SCENARIOS, UNUSUAL
 
 from consumer import logs
@@ -36,6 +37,7 @@ PLOT = ROOT / "docs" / "reference" / "performance.svg"
 SCENARIOS |= {
     "publishing": ("Consume, write, publish", publishing),
     "publishing-latency": ("From COMMIT to the acknowledgement", publishing_latency),
+    "publishing-steady": ("Publish for long beside an old transaction", publishing_steady),
 }
 
 

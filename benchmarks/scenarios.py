@@ -141,4 +141,4 @@ SCENARIOS: dict[str, tuple[str, Callable[[Bench, Options], Awaitable[ScenarioRes
 }
 
 
-UNUSUAL = frozenset({"memory"})  # only when named: it takes long, or says nothing when short
+UNUSUAL = frozenset({"memory", "publishing-steady"})  # only when named: it takes long, or says nothing when short
