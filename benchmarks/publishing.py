@@ -187,7 +187,10 @@ async def publishing(bench: Bench, given: Options) -> ScenarioResult:
 
 @contextmanager
 def _timed() -> Iterator[list[tuple[float, float]]]:
-    """Note of each row when it was committed, and how many seconds later Kafka acknowledged it."""
+    """Note when rows are committed and acknowledged.
+
+    Of each row the time of its COMMIT, and the seconds from there to the acknowledgement.
+    """
     committed_at: dict[tuple[int, int], float] = {}
     waits: list[tuple[float, float]] = []
     committed, acknowledged = OutboxRelay.committed, SendQueues.acknowledged
@@ -234,7 +237,10 @@ async def publishing_latency(bench: Bench, given: Options) -> ScenarioResult:
 
 
 async def publishing_steady(bench: Bench, given: Options) -> ScenarioResult:
-    """The same for long, while a transaction from before is open: no row version can be removed."""
+    """The same for long, beside an old transaction.
+
+    While it is open, no row version can be removed.
+    """
     with _timed() as waits:
         await _at_a_steady_rate(bench, given.seconds, is_old_open=True)
     begun, rows = waits[0][0], []

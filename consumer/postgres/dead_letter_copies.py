@@ -71,9 +71,9 @@ async def is_left(connection: Connection, app: str) -> bool:
 
 
 async def take_left(connection: Connection, app: str, topic: str) -> list[Outgoing]:
-    """Take dead letters that the version before has put on their way, the oldest first.
+    """Take dead letters that the version before left unpublished.
 
-    At most 20. Those that a worker of that version is publishing are left out.
+    The oldest first, at most 20. Those that a worker of that version is publishing are left out.
     """
     return _copies(await connection.fetch(_LEFT, app, _LEFT_MAX), topic)
 

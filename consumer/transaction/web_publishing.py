@@ -97,7 +97,7 @@ async def publishing(given: Any, app: str, topics: Mapping[str, int]) -> AsyncIt
             outbox_intake,
         )  # here: the pytest plugin imports this file and must not load the driver
 
-        # SQLAlchemy would begin another one by itself, which nobody commits.
+        # SQLAlchemy would begin another one by itself, which stays uncommitted.
         if transaction is not None and _sync_of(given).get_transaction() is not transaction:
             raise TransactionMisuse(_ENDED)
         _check_transaction(connection)

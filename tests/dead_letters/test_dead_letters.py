@@ -399,7 +399,7 @@ async def test_outage_of_any_service_makes_no_dead_letter(shop: Shop, postgres: 
     assert await value(shop.place.dsn, "select count(*) from consumer.attempts") == 0
 
 
-async def test_dead_letters_reach_the_topic_in_order_and_again_under_the_same_ids(shop: Shop, tmp_path: Path) -> None:
+async def test_a_dead_letter_topic_is_in_order_and_repeats_ids(shop: Shop, tmp_path: Path) -> None:
     target = await shop.place.topic(2)
     settings = shop.place.settings(dead_letter_topic=target, batch_messages_max=2)
     ids = [f"bad{number}" for number in range(6)]
