@@ -14,9 +14,9 @@ _DEAD_LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 async def find_message(
     connection: Connection, app: str, text: str | bytes, source: str | None = None
 ) -> dict[str, Any]:
-    """Return what each handler of an App did with a message id, and which calls it made.
+    """Return what each handler of an App did with a message id.
 
-    source: the source of the CloudEvent with that id.
+    Also which calls it made. source: the source of the CloudEvent with that id.
     """
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     if source is not None:
