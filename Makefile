@@ -101,8 +101,9 @@ prometheus: ## Bring Prometheus and promtool, for the alerts and one scrape
 helm: $(VENV)/python ## Bring Helm and the schemas of Kubernetes, for the chart and the manifests
 	@sh tests/helm/install.sh $(HELM) $(BIN)/python
 
-pictures: $(VENV)/dev chromium ## Take the pictures of docs/how-to/shop.md again
+pictures: $(VENV)/dev $(KAFKA)/.complete chromium ## Take the pictures of docs/how-to/shop.md and console.md again
 	$(BIN)/python tests/shop/pictures.py
+	$(BIN)/python tests/console/pictures.py
 
 # Not --quiet: strict mode counts the warnings that are printed.
 docs: $(DOCS)/.complete ## Build the site of the documents, strictly (.cache/site/index.html)

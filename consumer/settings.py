@@ -143,6 +143,12 @@ class Settings(BaseModel):
         description="HOST:PORT that serves /metrics, /livez, /readyz and /status; other machines may be let in only with "
         "--allow-insecure http (absent: nothing is served)",
     )
+    console_proxy_secret: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="what the proxy of `consumer console --auth proxy` sends as X-Console-Secret (required when other machines reach "
+        "the console)",
+    )
     tracing: Literal["off", "parent", "link"] = Field(
         "off",
         description="parent: OpenTelemetry spans of handlers' calls, each a child of its message's span; link: only linked to it; needs "

@@ -1,13 +1,19 @@
-"""Dead letters as commands print them. Reads only."""
+"""Dead letters as commands print them.
+
+Reads, and records who looked at a message.
+"""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from consumer.core.dead_letter_seal import altered, is_erased
-from consumer.postgres import dead_letter_queries
-from consumer.postgres.dead_letter_queries import Matching
+from consumer.postgres import dead_letter_actions, dead_letter_queries
+from consumer.postgres.dead_letter_actions import Action
+from consumer.postgres.dead_letter_queries import Matching, OpenMatching
+from consumer.postgres.dead_letters import storable
 from consumer.postgres.protocol import Connection
 
 _ACTIONS_MAX = 1000  # of one dead letter
@@ -72,6 +78,44 @@ async def dead_letter(connection: Connection, number: int) -> dict[str, Any] | N
         "erased": is_erased(row),
         "actions": [_action(action) for action in await dead_letter_queries.actions(connection, number, _ACTIONS_MAX)],
     }
+
+
+async def waiting_behind(connection: Connection, number: int, limit: int) -> list[dict[str, Any]]:
+    """List the dead letters that wait behind one, in their order."""
+    rows = await dead_letter_queries.behind(connection, number, limit)
+    return [{**dict(row), "died_at": row["died_at"].isoformat()} for row in rows]
+
+
+class OpenCounts(NamedTuple):
+    """How many open dead letters a selection has.
+
+    unsure: those among them that may have been applied already.
+    """
+
+    open: int
+    unsure: int
+
+
+async def count_open(
+    connection: Connection, app: str, numbers: Sequence[int] | None, group: str | None = None
+) -> OpenCounts:
+    """Count open dead letters: those with these numbers, or of a group."""
+    matching = OpenMatching(app, numbers, None, None, None, group, None, None)
+    selected = await dead_letter_queries.select(connection, matching, waiting=True, too_old=True)
+    return OpenCounts(len(selected), await dead_letter_queries.count_unsure(connection, matching))
+
+
+async def record_view(connection: Connection, app: str, number: int, operator: str) -> bool:
+    """Record that an operator looks at the message of a dead letter.
+
+    Returns False, and records nothing, where the App has no such dead letter.
+    """
+    standing = (await dead_letter_queries.standings(connection, [number])).get(number)
+    if standing is None or standing.app != app:
+        return False
+    action = Action(number, storable(operator), "dlq view", "shown", "", "", None, None)
+    await dead_letter_actions.record(connection, [action])
+    return True
 
 
 def _action(row: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from consumer.handler_records.notices import Notice
 from consumer.handler_records.settled_ranges import Gap
 from consumer.kafka import group
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.postgres import pauses, waiting_messages
+from consumer.postgres import pauses, positions, stopped_partitions, waiting_messages
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
@@ -81,39 +81,73 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
     """
     source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
-
-    async def ask(connection: Connection) -> Status:
-        lags, missing = await partition_lags(connection, source, app)
-        partitions = [Partition(lag["topic"], lag["partition"]) for lag in lags]
-        members = await group.describe_group(settings, app.name)
-        handlers = await handler_counts(connection, app)
-        dead_letters = await open_dead_letters(connection, app)
-        health = await partition_health(connection, source, app, partitions, members.commits)
-        waiting, _ = await waiting_messages.read(connection, app.name)
-        unpublished = await summary(connection, app.name)
-        paused = await pauses.read(connection, app.name)
-        wrong_counts = await miscounts(connection, app) if exact else None
-        all_notices, coverage = await notices.gather(connection, app, path, members, missing)
-        return Status(
-            app=app.name,
-            handlers=handlers,
-            open_dead_letters=dead_letters,
-            partitions=[
-                lag | health_as_dict(health[partition], path) | {"paused": _paused(paused, partition)}
-                for lag, partition in zip(lags, partitions, strict=True)
-            ],
-            missing_topics=missing,
-            waiting=waiting,
-            notices=all_notices,
-            gaps=coverage.gaps,
-            outbox=unpublished,
-            miscounts=wrong_counts,
-        )
-
     try:
-        return await with_ledger(settings, ask)
+        return await with_ledger(
+            settings, lambda connection: read_through(connection, source, app, path, settings, exact)
+        )
     finally:
         await source.stop(5)
+
+
+async def read_through(
+    connection: Connection, source: KafkaConsumer, app: App, path: str, settings: Settings, exact: bool = False
+) -> Status:
+    """Read the status through connections that are open. Raises KafkaError."""
+    lags, missing = await partition_lags(connection, source, app)
+    partitions = [Partition(lag["topic"], lag["partition"]) for lag in lags]
+    members = await group.describe_group(settings, app.name)
+    handlers = await handler_counts(connection, app)
+    dead_letters = await open_dead_letters(connection, app)
+    health = await partition_health(connection, source, app, partitions, members.commits)
+    waiting, _ = await waiting_messages.read(connection, app.name)
+    unpublished = await summary(connection, app.name)
+    paused = await pauses.read(connection, app.name)
+    wrong_counts = await miscounts(connection, app) if exact else None
+    all_notices, coverage = await notices.gather(connection, app, path, members, missing)
+    return Status(
+        app=app.name,
+        handlers=handlers,
+        open_dead_letters=dead_letters,
+        partitions=[
+            lag | health_as_dict(health[partition], path) | {"paused": _paused(paused, partition)}
+            for lag, partition in zip(lags, partitions, strict=True)
+        ],
+        missing_topics=missing,
+        waiting=waiting,
+        notices=all_notices,
+        gaps=coverage.gaps,
+        outbox=unpublished,
+        miscounts=wrong_counts,
+    )
+
+
+async def read_without_kafka(connection: Connection, app: App, path: str) -> Status:
+    """Read what PostgreSQL knows of the status, while Kafka is away.
+
+    Ends and lags are None. Partitions are those with a position, and stops those that a worker has recorded.
+    """
+    offsets = await positions.next_offsets(connection, app.name)
+    stops = await stopped_partitions.read(connection, app.name)
+    waiting, totals = await waiting_messages.read(connection, app.name)
+    paused = await pauses.read(connection, app.name)
+    rows: list[dict[str, Any]] = []
+    for partition, position in sorted(offsets.items()):
+        stop, first = stops.get(partition, (None, 0))
+        health = PartitionHealth(None, stop if position <= first else None, None)
+        lag = {"topic": partition.topic, "partition": partition.partition, "position": position}
+        lag |= {"end": None, "lag": None, "waiting": totals.get(partition, (0, 0))[0], "unread": None}
+        rows.append(lag | health_as_dict(health, path) | {"paused": _paused(paused, partition)})
+    return Status(
+        app=app.name,
+        handlers=await handler_counts(connection, app),
+        open_dead_letters=await open_dead_letters(connection, app),
+        partitions=rows,
+        missing_topics=(),
+        waiting=waiting,
+        notices=(),
+        gaps=(),
+        outbox=await summary(connection, app.name),
+    )
 
 
 async def probe(settings: Settings) -> None:

@@ -27,7 +27,7 @@ _HEADINGS = (
     ("dead_letter_", "Dead letters"),
     ("outbox_", "Outbox"),
     ("log_", "Logging"),
-    (("http", "tracing", "grace_", "wait_", "watchdog_", "restarts_", "worker", "allow_"), "Process"),
+    (("http", "tracing", "console_", "grace_", "wait_", "watchdog_", "restarts_", "worker", "allow_"), "Process"),
     ("", "Limits"),
 )
 _ORDER = (

@@ -37,6 +37,7 @@ _MODULES = (
     "replay",
     "rebuild",
     "republish",
+    "console",
     "demo",
 )
 # Of commands that are not in the one module of their name.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from typing import Annotated
 
 import typer
 
+from consumer.admin.operators import system_user
 from consumer.core.audit import ActedBy
 from consumer.core.errors import Misconfigured
 
@@ -32,11 +31,4 @@ def acted_by(operator: str | None, why: str | None, *, needs_why: bool = False) 
     reason = (why or "").strip()
     if needs_why and not reason:
         raise Misconfigured("--why: no reason is given; say --why TEXT, which is kept on record")
-    return ActedBy((operator or "").strip() or _user(), reason)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return f"uid {os.getuid()}"
+    return ActedBy((operator or "").strip() or system_user(), reason)

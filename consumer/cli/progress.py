@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from consumer.admin.progress_lines import as_line
 from consumer.cli.output import err, printable
 
-_LINE_SECONDS = 5.0  # between two lines of progress, without a terminal for a bar
+# Between two lines of progress, without a terminal for a bar: from the first to the longest pause.
+_LINE_SECONDS_MIN, _LINE_SECONDS_MAX = 1.0, 5.0
 
 
 class Bar:
@@ -20,6 +22,7 @@ class Bar:
     def __init__(self, bars: Progress | None, unit: str) -> None:
         self._bars = bars
         self._unit = unit
+        self._pause = _LINE_SECONDS_MIN
         self._tasks: dict[str, Any] = {}
         self._begun_at = self._printed_at = time.monotonic()
         self._first: dict[str, tuple[float, int]] = {}
@@ -45,14 +48,10 @@ class Bar:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
             self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
-        elif now - self._printed_at > _LINE_SECONDS:
+        elif now - self._printed_at > self._pause:
             self._printed_at = now
-            left = f", {(total - done) / rate:,.0f} s left" if rate else ""
-            err.print(
-                f"consumer: {phase}: {done:,} of {total:,} {self._unit} ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",
-                markup=False,
-                highlight=False,
-            )
+            self._pause = min(2 * self._pause, _LINE_SECONDS_MAX)
+            err.print(f"consumer: {as_line(phase, done, total, self._unit, rate)}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ ACTIONS = (
     "dlq edit",
     "dlq discard",
     "dlq erase",
+    "dlq view",  # of its message, in the console
     "outbox resume",
     "outbox discard",
     "positions move",

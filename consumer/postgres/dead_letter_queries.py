@@ -58,6 +58,11 @@ select d.*, h.app, h.name as handler_name,
         and e."offset" < d."offset" order by e."offset" limit 1) as first
 from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
 """
+_BEHIND = """
+select e.dead_letter as letter, e."offset", e.state, e.died_at
+from consumer.dead_letters d join consumer.dead_letters e on (e.handler, e.chain) = (d.handler, d.chain)
+where d.dead_letter = $1 and e."offset" > d."offset" order by e."offset", e.dead_letter limit $2
+"""
 _ACTIONS = _ACTION + " where a.dead_letter = $1 order by a.entry desc limit $2"
 _OPEN = """
 select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
@@ -284,6 +289,11 @@ async def actions(connection: Connection, number: int, limit: int) -> list[Any]:
 async def one(connection: Connection, number: int) -> Any | None:
     """Return a dead letter with its columns and place in its chain."""
     return await connection.fetchrow(_LETTER, number)
+
+
+async def behind(connection: Connection, number: int, limit: int) -> list[Any]:
+    """Return the dead letters that wait behind one, in their order."""
+    return await connection.fetch(_BEHIND, number, limit)
 
 
 async def open_counts(connection: Connection, app: str) -> list[tuple[str, str, int]]:

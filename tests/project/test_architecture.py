@@ -58,6 +58,7 @@ LAYERS = [
     "telemetry",
     "worker",
     "demo",
+    "console",
     "cli",
     "__main__",
 ]
@@ -69,7 +70,9 @@ LIBRARIES = {
     "asyncpg": {"postgres"},
     "redis": {"precheck", "schemes"},
     "sqlalchemy": {"ext"},
-    "starlette": {"schemes"},
+    "starlette": {"schemes", "console"},
+    "jinja2": {"console"},
+    "uvicorn": {"console"},
     "msgspec": {"core", "outbox", "deferred_writes", "worker", "demo", "testing"},
     "pydantic": {"core", "settings", "cli"},
     "typer": {"cli"},
@@ -83,6 +86,8 @@ LIBRARIES = {
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.
 PURE = {
     "admin/purge_plan.py",
+    "console/figures.py",
+    "console/tokens.py",
     "dead_letters/edits.py",
     "deferred_writes/catalog.py",
     "deferred_writes/grammar.py",

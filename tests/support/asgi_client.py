@@ -24,19 +24,32 @@ async def post(
     app: Any, path: str, body: bytes = b"", headers: Mapping[str, str] | Sequence[tuple[str, str]] = ()
 ) -> Answer:
     """Send a POST request. Raises what the application raises."""
+    return await ask(app, "POST", path, body, headers)
+
+
+async def ask(
+    app: Any,
+    method: str,
+    address: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    client: str = "127.0.0.1",
+) -> Answer:
+    """Send a request. client: its address. Raises what the application raises."""
     pairs = headers.items() if isinstance(headers, Mapping) else headers
+    path, _, query = address.partition("?")
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "method": "POST",
+        "method": method,
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs],
-        "client": ("127.0.0.1", 1),
+        "client": (client, 1),
         "server": ("127.0.0.1", 80),
         "state": {},
     }

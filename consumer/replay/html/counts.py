@@ -19,6 +19,13 @@ COUNTS: Mapping[str, CountedOutcome] = {
     **{name: OUTCOMES[name] for name in _FIRST},
     **{name: outcome for name, outcome in OUTCOMES.items() if name not in _FIRST},
 }
+# What a worker counts beside these: duplicates by cause, as the console shows them.
+DUPLICATES: Mapping[str, str] = {
+    "duplicate_batch": "duplicate in its batch",
+    "duplicate_precheck": "duplicate in Redis",
+    "duplicate_ledger": "duplicate in the ledger",
+    "duplicate_dead_letter": "duplicate of a dead letter",
+}
 # Marked in tables, and below the chart, where one of 200,000 would be no pixel high.
 GRAVE = {"missing": "missing", "unknown": "in doubt"}
 
@@ -37,12 +44,14 @@ def count_cell(name: str, value: object) -> Cell:
 
 def label(name: object) -> str:
     """Return what an outcome, or a kind of anything, is called."""
-    return COUNTS[str(name)].title if name in COUNTS else str(name or "").replace("_", " ")
+    if name in COUNTS:
+        return COUNTS[str(name)].title
+    return DUPLICATES.get(str(name)) or str(name or "").replace("_", " ")
 
 
 def shade(name: str) -> str:
     """Return the class of an outcome's colour; unknown names share one."""
-    return f"o-{name}" if name in COUNTS else "o-other"
+    return f"o-{name}" if name in COUNTS or name in DUPLICATES else "o-other"
 
 
 def present_counts(rows: Iterable[JsonRow], beside: Iterable[str] = ()) -> list[str]:

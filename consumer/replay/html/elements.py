@@ -20,6 +20,10 @@ class Html(str):
 
     __slots__ = ()
 
+    def __html__(self) -> str:
+        """Return itself: templates that escape leave it as it is."""
+        return self
+
 
 def el(name: str, *children: object, **attributes: object) -> Html:
     """Return an element.
@@ -49,6 +53,18 @@ def escaped(value: object) -> Html:
             for character in shown
         )
     return Html(markup + cut)
+
+
+def escaped_lines(text: str) -> Html:
+    """Return a text of several lines, whole, for an element that keeps them."""
+    return Html(
+        "".join(
+            html.escape(character)
+            if character.isprintable() or character in "\n\t"
+            else f'<span class="esc">{_escape(character)}</span>'
+            for character in text
+        )
+    )
 
 
 def plain(value: object) -> str:

@@ -19,9 +19,46 @@ def render(findings: JsonRow) -> str:
 
     Its text can be written as UTF-8, whatever the findings hold.
     """
-    verdict = findings["verdict"] if findings["verdict"] in sections.SHAPES else "unknown"
+    verdict = _verdict_of(findings)
     headline = sections.headline(findings, verdict)
-    parts = (
+    page = el(
+        "html",
+        el(
+            "head",
+            Html('<meta charset="utf-8">'),
+            Html(
+                "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+            ),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Html('<meta name="color-scheme" content="light dark">'),
+            el("title", f"{plain(findings['app'])}: {plain(headline)}"),
+            el("style", Html(f"\n{style()}")),
+        ),
+        el(
+            "body",
+            sections.header(findings, verdict, headline),
+            el("main", *_parts(findings, verdict)),
+            sections.footer(findings, "This page is self-contained: it has no script and loads nothing."),
+        ),
+        lang="en",
+    )
+    return f"<!doctype html>\n{page}\n"
+
+
+def article(findings: JsonRow) -> Html:
+    """Return the same within a page of the console, whose style it shares."""
+    verdict = _verdict_of(findings)
+    header = sections.header(findings, verdict, sections.headline(findings, verdict))
+    return el("article", header, *_parts(findings, verdict), sections.footer(findings))
+
+
+def _verdict_of(findings: JsonRow) -> str:
+    return findings["verdict"] if findings["verdict"] in sections.SHAPES else "unknown"
+
+
+def _parts(findings: JsonRow, verdict: str) -> tuple[Html | None, ...]:
+    """Return the sections; None for an absent one."""
+    return (
         sections.reasons("Problems", findings.get("problems"), "no"),
         sections.reasons(
             "Why the answer is unknown" if verdict == "unknown" else "What is unknown",
@@ -43,23 +80,6 @@ def render(findings: JsonRow) -> str:
         sections.samples(findings),
         sections.ranges(findings),
     )
-    page = el(
-        "html",
-        el(
-            "head",
-            Html('<meta charset="utf-8">'),
-            Html(
-                "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-            ),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Html('<meta name="color-scheme" content="light dark">'),
-            el("title", f"{plain(findings['app'])}: {plain(headline)}"),
-            el("style", Html(f"\n{style()}")),
-        ),
-        el("body", sections.header(findings, verdict, headline), el("main", *parts), sections.footer(findings)),
-        lang="en",
-    )
-    return f"<!doctype html>\n{page}\n"
 
 
 @cache

@@ -343,8 +343,8 @@ def ranges(findings: JsonRow) -> Html | None:
     return section("What was read", data_table("Offsets of each partition", columns, rows))
 
 
-def footer(findings: JsonRow) -> Html:
-    """Return how the replay was run."""
+def footer(findings: JsonRow, note: str | None = None) -> Html:
+    """Return how the replay was run. note: a sentence about the page."""
     facts: list[tuple[str, object]] = [("app", code(findings["app"])), ("mode", code(findings["mode"]))]
     if findings.get("started_at") is not None:
         facts.append(("started", when(findings["started_at"])))
@@ -364,5 +364,5 @@ def footer(findings: JsonRow) -> Html:
         "footer",
         el("h2", "How it was run"),
         fact_list(facts),
-        el("p", "This page is self-contained: it has no script and loads nothing.", class_="small"),
+        el("p", note, class_="small") if note else None,
     )
