@@ -38,7 +38,7 @@ def console(
             help='who asks: "proxy" (its header X-Forwarded-User) or "module:callable"; needed where other machines reach it',
         ),
     ] = None,
-    reports: Annotated[
+    directory: Annotated[
         Path | None,
         typer.Option(
             "--reports", metavar="DIRECTORY", help="show the answers of `consumer replay --json` that are in it"
@@ -50,7 +50,7 @@ def console(
     Reads what `consumer status`, `dlq`, `outbox` and `audit` read, and with --actions does what they do, under the operator's name. It answers only
     this machine, unless --auth says who asks. It is a process of its own: workers do not notice it. Needs the extra console.
     """  # fmt: skip
-    options = ConsoleOptions(listen=listen, actions=actions, auth=auth, reports=reports)
+    options = ConsoleOptions(listen=listen, actions=actions, auth=auth, reports=directory)
     options.address(settings)
     loaded = load_app(app)
     settings.dsn  # noqa: B018 - raises when there is none

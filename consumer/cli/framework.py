@@ -173,6 +173,7 @@ _NAMES = {  # of parameters that are not named like their flag
     "handlers": "--handler",
     "files": "--file",
     "grants_for": "--grants",
+    "directory": "--reports",
 }
 
 
