@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from consumer.app_loader import load_callable
 from consumer.console.options import PROXY
 from consumer.core.errors import Misconfigured
 from consumer.core.hosts import is_local
-from consumer.logs import describe, event
+from consumer.logs import describe
 from consumer.settings import Settings
 
 USER_HEADER = "x-forwarded-user"
@@ -67,7 +66,7 @@ class ByProxy:
         elif request.client is None or not is_local(request.client.host):
             return None
         names = request.headers.getlist(USER_HEADER)
-        return _name(names[0]) if len(names) == 1 else None
+        return _name(_decoded(names[0])) if len(names) == 1 else None
 
 
 class ByFunction:
@@ -88,16 +87,22 @@ class ByFunction:
             async with asyncio.timeout(_SECONDS):
                 name = await self._ask(request)
         except Exception as error:
-            event(logging.ERROR, "the function that names operators failed", error=describe(error))
             raise AuthFailed(describe(error)) from None
         if name is not None and not isinstance(name, str):
-            event(logging.ERROR, "the function that names operators failed", error=f"it returned {type(name).__name__}")
             raise AuthFailed(f"it returned {type(name).__name__}")
         return None if name is None else _name(name)
 
     async def _ask(self, request: Request) -> Any:
         answer = await self._function(request) if self._is_async else await asyncio.to_thread(self._function, request)
         return await answer if inspect.isawaitable(answer) else answer
+
+
+def _decoded(text: str) -> str:
+    """Return a header's text, which proxies write in UTF-8."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def _name(text: str) -> str | None:

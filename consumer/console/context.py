@@ -24,6 +24,7 @@ from consumer.console.options import ConsoleOptions
 from consumer.console.tokens import FormTokens
 from consumer.console.watch import Watch
 from consumer.core.audit import ActedBy
+from consumer.core.dead_letters import normalized
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.protocol import Connection
 from consumer.replay.html import values
@@ -181,6 +182,7 @@ def _environment() -> Environment:
         "code": values.code,
         "shown": escaped,
         "lines": escaped_lines,
+        "summary": _summary,
         "when": _when,
         "ago": _ago,
         "seconds": values.duration,
@@ -198,6 +200,11 @@ def _when(value: object) -> object:
     if isinstance(value, int | float):
         return values.when(datetime.fromtimestamp(value, UTC).isoformat())
     return values.when(value)
+
+
+def _summary(error: str) -> Html:
+    """Return an error without what it quotes of its message."""
+    return escaped(normalized(error))
 
 
 def _ago(at: float, now: float) -> Html:

@@ -39,6 +39,7 @@ async def overview(console: Console, request: Request) -> Response:
         )
 
     groups, letters = await page.ask(ask)
+    groups.sort(key=lambda row: row["reason"] == Reason.BEHIND)  # these follow by themselves
     return page.render(
         "dead_letters.html",
         groups=groups,

@@ -6,7 +6,9 @@ limit, because its token is in it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import MutableHeaders
@@ -16,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumer.console.auth import Auth, AuthFailed
 from consumer.console.tokens import FIELD, FormTokens, is_same_origin
+from consumer.logs import event
 
 _BODY_BYTES_MAX = 2 << 20  # the largest payload that is edited in a page, encoded
 _FIELDS_MAX = 2000
@@ -71,7 +74,8 @@ class Guard:
         except Refused as refused:
             await PlainTextResponse(f"{refused}\n", refused.status)(scope, receive, with_headers)
             return
-        await self._pages(scope, receive, with_headers)
+        with suppress(Exception):  # it is answered and logged; the server would log its text and traceback
+            await self._pages(scope, receive, with_headers)
 
     async def _admitted(self, request: Request) -> str:
         """Return the operator. Raises Refused."""
@@ -79,7 +83,8 @@ class Guard:
             raise Refused(421, "this host name is not served here; use the address that the console printed")
         try:
             operator = await self._auth.operator(request)
-        except AuthFailed:
+        except AuthFailed as error:
+            event(logging.ERROR, "the function that names operators failed", error=str(error))
             raise Refused(
                 500, "it cannot be checked who you are: the function of --auth failed; the log says where"
             ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from starlette.responses import Response
 from consumer.admin import audit
 from consumer.console.context import Console, Page
 from consumer.console.guard import Refused
+from consumer.core.errors import ServiceUnavailable
+from consumer.postgres.errors import Outage
 from consumer.replay.html import page as report
 
 _APPLIED_MAX = 50
@@ -39,9 +42,11 @@ async def overview(console: Console, request: Request) -> Response:
     """Reports, the newest first, and replays that applied messages."""
     page = Page(console, request)
     reports = await asyncio.to_thread(_reports, console.options.reports)
-    applied = await page.ask(
-        lambda connection: audit.entries(connection, console.app.name, "replay apply", None, _APPLIED_MAX)
-    )
+    applied = None
+    with suppress(Outage, ServiceUnavailable):  # the reports are there without PostgreSQL
+        applied = await page.ask(
+            lambda connection: audit.entries(connection, console.app.name, "replay apply", None, _APPLIED_MAX)
+        )
     return page.render(
         "replays.html", directory=console.options.reports, reports=reports, applied=applied, files_max=_FILES_MAX
     )

@@ -20,6 +20,7 @@ from consumer.core.errors import Misconfigured
 from consumer.logs import event
 
 _END_SECONDS = 3
+_CONNECTIONS_MAX = 200
 
 
 class _Server(uvicorn.Server):
@@ -47,6 +48,7 @@ async def serve(console: Console, announce: Callable[[str], Any], stopping: asyn
             access_log=False,
             server_header=False,
             proxy_headers=False,  # the peer is who connects: --auth proxy relies on it
+            limit_concurrency=_CONNECTIONS_MAX,
             timeout_graceful_shutdown=_END_SECONDS,
         )
         server = _Server(config)

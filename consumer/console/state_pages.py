@@ -15,6 +15,7 @@ from starlette.responses import Response
 from consumer.admin.status import Status
 from consumer.console.context import Console, Page
 from consumer.console.figures import OUTCOMES, History, outcomes_of, seconds_left
+from consumer.core.dead_letters import normalized
 from consumer.core.message import Partition
 from consumer.outbox.streams import named
 from consumer.replay.html.blocks import data_table
@@ -27,7 +28,7 @@ _SPANS = {"10m": (10, 60), "1h": (60, 60)}  # width of a step in seconds, and ho
 class Attention(NamedTuple):
     """Something that an operator should know.
 
-    is_problem: somebody must act. link: a page within the console. command: what to run.
+    is_problem: somebody must act. link, query: a page within the console. command: what to run.
     """
 
     subject: str
@@ -35,6 +36,7 @@ class Attention(NamedTuple):
     is_problem: bool = True
     command: str = ""
     link: str = ""
+    query: Mapping[str, str] = {}
     link_text: str = ""
 
 
@@ -69,7 +71,7 @@ def attention_of(status: Status) -> Iterator[Attention]:
         if row["systemic"]:
             yield Attention(
                 f"{row['handler']} fails for every message of {row['topic']}:{row['partition']}",
-                f"{row['count']:,} wait; no attempt counts: {row['error']}",
+                f"{row['count']:,} wait; no attempt counts: {normalized(row['error'])}",
             )
     for stream in status.outbox["stopped"]:
         source = named(Partition(stream["source_topic"], stream["source_partition"]))
@@ -89,7 +91,8 @@ def attention_of(status: Status) -> Iterator[Attention]:
             f"{name} has dead letters",
             f"{dead:,} to decide on, {behind:,} waiting behind them",
             False,
-            link=f"/dead-letters?handler={name}",
+            link="/dead-letters",
+            query={"handler": name},
             link_text="Look at them",
         )
 

@@ -65,9 +65,7 @@ class Watch:
         self._settings = settings.model_copy(update={"wait_seconds": _CONNECT_SECONDS})
         self._source: KafkaConsumer | None = None
         self._whole: Status | None = None  # the last one with Kafka's part
-        self._wake = asyncio.Event()
-        self._rounds = 0
-        self._ended = asyncio.Condition()
+        self._refreshed = 0
         self.known = Known()
         self.history = History()
 
@@ -79,28 +77,25 @@ class Watch:
                     await self._round()
                 except Exception as error:  # a fault of ours costs one round
                     event(logging.ERROR, "the console cannot read the status", error=describe(error))
-                async with self._ended:
-                    self._rounds += 1
-                    self._ended.notify_all()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _PAUSE_SECONDS)
-                self._wake.clear()
+                await asyncio.sleep(_PAUSE_SECONDS)
         finally:
             await self._close()
 
     async def refresh(self) -> None:
-        """Wait a few seconds at most for a round that begins now."""
-        wanted = self._rounds + 2  # one may be under way
-        with suppress(TimeoutError):
+        """Read PostgreSQL's part now, for a page that follows an action.
+
+        If it does not answer in time, the page shows what was known before.
+        """
+        self._refreshed += 1
+        with suppress(ConsumerError, OSError):  # TimeoutError is an OSError
             async with asyncio.timeout(_FRESH_SECONDS):
-                while self._rounds < wanted:
-                    self._wake.set()
-                    async with self._ended:
-                        await self._ended.wait()
+                status, _ = await self._read(None)
+            self.known = replace(self.known, status=self._with_last_known(status), at=time.time())
 
     async def _round(self) -> None:
         away: dict[str, Away] = {}
         source = None
+        refreshed = self._refreshed
         try:
             async with asyncio.timeout(_KAFKA_SECONDS):
                 source = await self._connected()
@@ -116,7 +111,8 @@ class Watch:
                 await self._close()
         except (ConsumerError, TimeoutError, OSError) as error:
             away[POSTGRESQL] = self._away(POSTGRESQL, error)
-        self._learn(status, away)
+        if refreshed == self._refreshed:  # else it may have read what was before an action
+            self._learn(status, away)
 
     async def _connected(self) -> KafkaConsumer:
         """Return a client that has just answered. Raises KafkaError, ConsumerError."""
@@ -159,14 +155,19 @@ class Watch:
             return
         if KAFKA not in away:
             self._whole = status
-        elif self._whole is not None:
-            rows = with_last_known(status.partitions, self._whole.partitions)
-            whole = self._whole
-            status = replace(
-                status, partitions=rows, notices=whole.notices, gaps=whole.gaps, missing_topics=whole.missing_topics
-            )
+        else:
+            status = self._with_last_known(status)
         self.known = Known(status, now, kafka_at, away)
         self.history.add(Sample(now, _outcomes(status), _positions(status)))
+
+    def _with_last_known(self, status: Status) -> Status:
+        """Add what Kafka answered last to a status without its part."""
+        if (whole := self._whole) is None:
+            return status
+        rows = with_last_known(status.partitions, whole.partitions)
+        return replace(
+            status, partitions=rows, notices=whole.notices, gaps=whole.gaps, missing_topics=whole.missing_topics
+        )
 
     async def _close(self) -> None:
         source, self._source = self._source, None

@@ -149,10 +149,10 @@ async def test_letters_are_retried_edited_and_discarded(desk: Desk) -> None:
 
 
 async def test_bulk_shows_progress_and_stops(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    await desk.many(2000)
-    monkeypatch.setenv("TEST_DESK_PAUSE", "0.01")
+    await desk.many(1200)
+    monkeypatch.setenv("TEST_DESK_PAUSE", "0.004")
     client = operator(desk)
-    assert "2,000 of them are open" in text_of(await client.get("/dead-letters/settle?do=retry&group=abcdef0123"))
+    assert "1,200 of them are open" in text_of(await client.get("/dead-letters/settle?do=retry&group=abcdef0123"))
     job = await started(client, "/dead-letters/settle", {"do": "retry", "group": "abcdef0123"})
 
     async def has_progress() -> bool:
@@ -160,12 +160,12 @@ async def test_bulk_shows_progress_and_stops(desk: Desk, monkeypatch: pytest.Mon
 
     await until("the first progress", has_progress, 120)
     page = (await client.get(f"/jobs/{job.id}")).body.decode()
-    assert job.progress is not None and job.progress.total == 2000 and '<progress max="2000"' in page
+    assert job.progress is not None and job.progress.total == 1200 and '<progress max="1200"' in page
     assert (await client.post(f"/jobs/{job.id}/stop")).status == 303
     await ended(job)
     assert job.code == 143 and job.answer is not None and "the rest is untouched" in job.error
     applied = len(await desk.done())
-    assert 0 < applied < 2000 and job.answer["counts"] == {"applied": applied}
+    assert 0 < applied < 1200 and job.answer["counts"] == {"applied": applied}
     assert "It ended early" in text_of(await client.get(f"/jobs/{job.id}"))
 
 

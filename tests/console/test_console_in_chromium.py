@@ -68,8 +68,11 @@ def find_and_mend(tab: Tab, directory: Path, address: str) -> None:
     says(tab, "settle has dead letters")
     follow(tab, "Look at them")
     says(tab, "ValueError")
-    assert "1,50" not in tab.text() and "secret" not in tab.text()
-    tab.js("[...document.querySelectorAll('td a')].find(link => /^[0-9]+$/.test(link.textContent)).focus()")
+    assert "they follow those before them" in tab.text()
+    assert "1,50" not in tab.text() and "float: '…'" in tab.text()
+    tab.js(
+        "[...document.querySelectorAll('td a')].find(link => /^[0-9]+$/.test(link.textContent)).focus()"
+    )  # its first
     tab.key("Enter", loads=True)
     says(tab, "Waiting behind it")
     assert "2 wait for it" in tab.text() and "invoicing.py" in tab.js("document.body.textContent")

@@ -3,28 +3,36 @@
 
 const SECONDS = 3;
 
+const FOCUSABLE = "a, button, input, select, textarea, summary, [tabindex]";
+
 function isBusy(part) {
   const focused = document.activeElement;
-  const isTyping = focused && focused !== document.body && part.contains(focused) && focused.tagName !== "DIV";
+  const isTyping = part.contains(focused) && focused.matches("input, select, textarea");
   const selected = document.getSelection();
   return isTyping || (selected && !selected.isCollapsed && part.contains(selected.anchorNode));
+}
+
+function replace(part, newer) {
+  const open = new Set([...part.querySelectorAll("details[open]")].map((details) => details.closest("[id]")?.id));
+  for (const details of newer.querySelectorAll("details")) details.open = open.has(details.closest("[id]")?.id);
+  const scrolled = [...part.querySelectorAll(".scroll")].map((box) => box.scrollLeft);
+  const focused = [...part.querySelectorAll(FOCUSABLE)].indexOf(document.activeElement);
+  part.replaceChildren(...newer.childNodes);
+  part.querySelectorAll(".scroll").forEach((box, place) => (box.scrollLeft = scrolled[place] || 0));
+  if (focused >= 0) part.querySelectorAll(FOCUSABLE)[focused]?.focus({ preventScroll: true });
 }
 
 async function refresh() {
   const parts = document.querySelectorAll("[data-live][id]");
   if (!parts.length || document.hidden) return;
   const answer = await fetch(location.href, { headers: { accept: "text/html" } });
-  if (answer.redirected) return;
+  if (answer.redirected || answer.status === 405) return; // a proxy's login; what came by POST
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of parts) {
     const newer = page.getElementById(part.id);
     if (part.id === "retry" && !newer) return location.reload();
     if (!newer || isBusy(part) || newer.innerHTML === part.innerHTML) continue;
-    const open = new Set([...part.querySelectorAll("details[open]")].map((details) => details.closest("[id]")?.id));
-    for (const details of newer.querySelectorAll("details")) details.open = open.has(details.closest("[id]")?.id);
-    const scrolled = [...part.querySelectorAll(".scroll")].map((box) => box.scrollLeft);
-    part.replaceChildren(...newer.childNodes);
-    part.querySelectorAll(".scroll").forEach((box, place) => (box.scrollLeft = scrolled[place] || 0));
+    replace(part, newer);
   }
 }
 
