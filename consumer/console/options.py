@@ -55,8 +55,8 @@ class ConsoleOptions:
                 )
             if is_proxied and settings.console_proxy_secret is None:
                 raise Misconfigured(
-                    f"--auth proxy on {self.listen}: every machine could name an operator; set CONSUMER_CONSOLE_PROXY_SECRET, "
-                    "which the proxy sends as X-Console-Secret, or listen on 127.0.0.1"
+                    f"--auth proxy on {self.listen}: every machine could name an operator; give it "
+                    "CONSUMER_CONSOLE_PROXY_SECRET, which the proxy sends as X-Console-Secret, or listen on 127.0.0.1"
                 )
         if self.reports is not None and not self.reports.is_dir():
             raise Misconfigured(f"--reports {self.reports}: no such directory; name the one with the JSON of replays")
