@@ -50,7 +50,7 @@ class ConsoleOptions:
                 )
             if "http" not in settings.insecure:
                 raise Misconfigured(
-                    f"--listen {self.listen}: it would answer other machines without TLS; listen on 127.0.0.1 behind a proxy, "
+                    f"--listen {self.listen}: it would answer other machines without TLS; serve on 127.0.0.1 behind a proxy, "
                     "or allow it with CONSUMER_ALLOW_INSECURE=http"
                 )
             if is_proxied and settings.console_proxy_secret is None:
