@@ -78,7 +78,7 @@ async def test_message_is_shown_on_request_and_that_is_recorded(desk: Desk) -> N
     assert text_of(record).count("dlq view") == 2 + 1 and f'href="/dead-letters/{first}"' in record.body.decode()
 
 
-async def test_what_is_not_there_or_of_another_app_is_not_shown(desk: Desk) -> None:
+async def test_letters_of_another_app_are_not_shown(desk: Desk) -> None:
     other = Desk(desk.dsn)
     session = await other.retrier()
     await session.session.numbers(other.name, other.app.handlers, ["orders"])

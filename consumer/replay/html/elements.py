@@ -56,7 +56,7 @@ def escaped(value: object) -> Html:
 
 
 def escaped_lines(text: str) -> Html:
-    """Return a text of several lines, whole, for an element that keeps them."""
+    """Return a whole text of several lines, for an element like `pre`."""
     return Html(
         "".join(
             html.escape(character)

@@ -46,7 +46,7 @@ def render(findings: JsonRow) -> str:
 
 
 def article(findings: JsonRow) -> Html:
-    """Return the same within a page of the console, whose style it shares."""
+    """Return the same for a page that has this style."""
     verdict = _verdict_of(findings)
     header = sections.header(findings, verdict, sections.headline(findings, verdict))
     return el("article", header, *_parts(findings, verdict), sections.footer(findings))
