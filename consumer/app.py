@@ -17,9 +17,11 @@ from consumer.core import fingerprint as fingerprints
 from consumer.core.effect import ask_with, build_effect, settle_with
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
+from consumer.core.record_decoding import DecodeOption, check_option, uses_registry
 from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
 from consumer.core.worker_health import EmbeddedWorker
+from consumer.outbox.encoding import EncodeOption, encode_function
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
 from consumer.settings import Settings
 from consumer.transaction.tx import Tx
@@ -52,6 +54,11 @@ class App:
       workers, replays, rebuilds, retries of dead letters and tests. It sets type codecs and ``search_path``. Statements of
       the framework do not see the codecs. One that raises is an error at the start. See docs/how-to/codecs.md.
     - publishes: the topics that `Tx.publish` and `publishing` may publish to. A worker checks at its start that they exist.
+    - decode: what decodes the records of all handlers without a decode= of their own, by default JSON: a decoder of
+      `consumer.decoders`, or a plain function of the record. See docs/how-to/decoders.md.
+    - encode: what encodes the values that `publish` gets, except bytes and None, by default JSON: an encoder of
+      `consumer.decoders`, or a plain function of the topic and the value that returns bytes, or bytes and headers. It must
+      return the same for the same value, since a message may run more than once.
     """
 
     def __init__(
@@ -63,6 +70,8 @@ class App:
         route: Route | None = None,
         publishes: Collection[str] = (),
         connection_init: ConnectionInit | None = None,
+        decode: DecodeOption = None,
+        encode: EncodeOption = None,
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RegistrationError(f"App({name!r}): not a name; use 1 to 200 of the characters a-z A-Z 0-9 . _ -")
@@ -80,7 +89,15 @@ class App:
             raise RegistrationError(f"App({name!r}): {fault}")
         if fault := _fault_of_topics(publishes):
             raise RegistrationError(f"App({name!r}): {fault}")
+        try:
+            check_option(decode)
+            self.encode = encode_function(encode)
+            self._encoder = encode
+            self._has_registry = False
+        except RegistrationError as error:
+            raise RegistrationError(f"App({name!r}): {error}") from None
         self.name = name
+        self.decode = decode
         self.publishes: dict[str, int] = dict.fromkeys(publishes, RECORD_BYTES_MAX)  # the bytes of a record, at most
         self.shards: Mapping[str, str] = dict(shards or {})
         self.route = route
@@ -102,6 +119,7 @@ class App:
         idempotent: bool = True,
         allow_nan: bool = False,
         version: str | None = None,
+        decode: DecodeOption = None,
         **unknown: Never,
     ) -> Callable[[F], F]:
         """Register an async function for one or more topics.
@@ -120,13 +138,12 @@ class App:
           that takes longer is cancelled, and that counts as an attempt of its message.
         - idempotent: False opts out of the ledger: the handler is called at least once and gets no Tx.
         - allow_nan: True accepts numbers that are not finite, which are unreadable otherwise.
-        - version: names what the code does, so that a rebuild need not compare its source. Change it with the effects.
+        - version: names what the code does, so that a rebuild need not compare its source.
+        - decode: what decodes a record before its id is read, by default the App's.
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
-        for topic in topics:
-            if callable(topic):
-                raise RegistrationError(f'{place_of(topic)}: no topic; name the topic: @app.handler("payments")')
+        _refuse_functions(topics)
         options: dict[str, Any] = {
             "message_id": message_id,
             "fingerprint": fingerprint,
@@ -139,6 +156,7 @@ class App:
             "idempotent": idempotent,
             "allow_nan": allow_nan,
             "version": version,
+            "decode": self.decode if decode is None else decode,
             **unknown,
         }
 
@@ -161,6 +179,7 @@ class App:
         timeout: float | None = None,
         allow_nan: bool = False,
         version: str | None = None,
+        decode: DecodeOption = None,
         **unknown: Never,
     ) -> Callable[[Function], EffectDeclaration]:
         """Register a function that calls another system, with no transaction open.
@@ -190,6 +209,7 @@ class App:
             "timeout": timeout,
             "allow_nan": allow_nan,
             "version": version,
+            "decode": self.decode if decode is None else decode,
             **unknown,
         }
 
@@ -212,7 +232,7 @@ class App:
                 f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}; "
                 "give one of them another name with name="
             )
-        handler.app, handler.publishes = self.name, self.publishes
+        handler.app, handler.publishes, handler.encode = self.name, self.publishes, self.encode
         _open_sessions(handler)
         self._handlers[handler.name] = handler
 
@@ -227,7 +247,7 @@ class App:
         Raises TransactionMisuse where no transaction is open; Misconfigured where the table or the right to insert is
         missing.
         """
-        return publishing(connection, self.name, self.publishes)
+        return publishing(connection, self.name, self.publishes, self.encode)
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -251,8 +271,12 @@ class App:
     async def running(self) -> AsyncIterator[None]:
         """Enter the lifespan and hand its resources to the handlers.
 
-        Raises RegistrationError for a resource that is missing.
+        Opens the schema registry first, if an encoder or a decoder needs one.
+
+        Raises RegistrationError for a resource that is missing, and what `open_registry` raises.
         """
+        if not self._has_registry:
+            await self.open_registry(None)
         if self._lifespan is None:
             self._bind({})
             yield
@@ -262,6 +286,19 @@ class App:
                 resources = {}
             self._bind(resources if isinstance(resources, Mapping) else {type(resources).__name__.lower(): resources})
             yield
+
+    async def open_registry(self, settings: Settings | None) -> None:
+        """Open the schema registry, if an encoder or a decoder needs one.
+
+        Fetches the schemas that the encoder writes with, which takes at most ``wait_seconds``. settings: by default from
+        the environment. Raises Misconfigured for a registry that cannot be used, and ServiceUnavailable.
+        """
+        self._has_registry = True
+        codecs = [self._encoder, *(handler.decode for handler in self._handlers.values())]
+        if any(uses_registry(codec) for codec in codecs):
+            # Dynamic: its client takes time to import, and few Apps need it.
+            open_registry = importlib.import_module("consumer.decoders.preparation").open_registry
+            await open_registry(codecs, self._encoder, self.publishes, settings or Settings())
 
     def worker(self, settings: Settings | None = None) -> AbstractAsyncContextManager[EmbeddedWorker]:
         """Run one worker in this process while a block runs.
@@ -342,6 +379,13 @@ def _fault_of_topics(publishes: object) -> str | None:
         if not isinstance(topic, str) or not TOPIC.fullmatch(topic):
             return "publishes= has a name of no topic; use 1 to 249 of the characters a-z A-Z 0-9 . _ -"
     return None
+
+
+def _refuse_functions(topics: tuple[object, ...]) -> None:
+    """Refuse `@app.handler` without parentheses."""
+    for topic in topics:
+        if callable(topic):
+            raise RegistrationError(f'{place_of(topic)}: no topic; name the topic: @app.handler("payments")')
 
 
 def _fault_of_shards(shards: object, route: object) -> str | None:

@@ -193,8 +193,8 @@ def _format_of(value: bytes) -> str | None:
         return "JSON in UTF-16 or UTF-32: send it as UTF-8, or annotate the payload as bytes"
     if first[:1] == b"\0" and len(value) > 5:
         return (
-            f"Confluent's wire format (schema id {int.from_bytes(value[1:5])}): send JSON without a schema registry, "
-            "or annotate the payload as bytes and deserialize it in the handler"
+            f"Confluent's wire format (schema id {int.from_bytes(value[1:5])}): give the handler decode=Avro(), JsonSchema() or "
+            "Protobuf() of consumer.decoders"
         )
     if first[:2] == b"\x1f\x8b":
         return "compressed with gzip by its producer: use the producer's compression setting, or annotate it as bytes"

@@ -48,6 +48,7 @@ class Delivery(msgspec.Struct, eq=False):
       effects/ (its call failed, or waits), and rebuild/, which settles what the ledger knows.
     - attempts: observe.py, isolate.py, effects/, and result.py after the COMMIT.
     - reruns, call_alone, success_mark, failure_cause: isolate.py.
+    - id, outcome, failure_cause of those that wait for a schema: decoders/preparation.py.
     - delayed: core/ordering.py.
     - reply: effects/, before the transaction.
 

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from consumer.core import constraints, decode, fingerprint, identity
+from consumer.core import constraints, decode, fingerprint, identity, record_decoding
 from consumer.core.errors import CallNotMade, RegistrationError
-from consumer.core.message import Message
+from consumer.core.message import Message, Record
 from consumer.core.retry import Retry
 
 Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, message, tx)
@@ -38,6 +38,7 @@ OPTIONS = (
     "idempotent",
     "allow_nan",
     "version",
+    "decode",
 )
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -109,6 +110,10 @@ class Handler:
     app: str = ""  # its App's name, part of the ids of what it publishes
     publishes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # its App's: topic -> bytes of a record
     effect: Effect | None = None  # of a handler that gets the reply of another system
+    decode: record_decoding.DecodeOption = None  # the option; None for JSON
+    read: record_decoding.Read | None = None  # from a record to its value, in place of `decoder`
+    schema_needed: Callable[[Record], Any] | None = None  # which schema a record needs that is not fetched yet
+    encode: Callable[[str, Any], Any] | None = None  # its App's, for what it publishes
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.
@@ -240,6 +245,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     _check_tx(parameters, idempotent, wrong)
     if isinstance(rule, identity.FieldId):
         _check_field(rule.path[0], value_type, wrong)
+    decoder, read, takes_null = _decoders(options, value_type, allow_nan, wrong)
     return Handler(
         name=name,
         topics=topics,
@@ -254,13 +260,16 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         timeout=timeout,
         idempotent=idempotent,
         value_type=value_type,
-        decoder=_decoder(value_type, allow_nan, wrong),
-        takes_none=decode.takes_none(value_type),
+        decoder=decoder,
+        takes_none=takes_null,
         wants_message=wants_message,
         wants_tx="tx" in parameters,
         parameters=parameters,
         allow_nan=allow_nan,
         version=version,
+        decode=options.get("decode"),
+        read=read,
+        schema_needed=record_decoding.schema_question(options.get("decode")),
     )
 
 
@@ -369,12 +378,28 @@ def _check_tx(parameters: tuple[str | Resource | OrmSession, ...], idempotent: b
         raise wrong("asks for two sessions; drop one, there is one transaction")
 
 
-def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
+def _decoders(
+    options: Mapping[str, Any], value_type: Any, allow_nan: bool, wrong: Wrong
+) -> tuple[decode.Decoder, record_decoding.Read | None, bool]:
+    """Return the decoder of JSON, or what reads records.
+
+    And whether null values are taken.
+    """
+    option = options.get("decode")
     try:
+        record_decoding.check_option(option)
+        if not record_decoding.is_json(option):
+            read, takes_null = record_decoding.reader(option, value_type, allow_nan=allow_nan)
+            return _undecoded, read, takes_null
+        record_decoding.check_plain(value_type)
         constraints.check(value_type)
-        return decode.decoder(value_type, allow_nan=allow_nan)
+        return decode.decoder(value_type, allow_nan=allow_nan), None, decode.takes_none(value_type)
     except RegistrationError as error:
         raise wrong(str(error)) from None
+
+
+def _undecoded(raw: bytes) -> Any:
+    raise AssertionError("a handler with decode= reads records")
 
 
 def _signature(
@@ -462,7 +487,7 @@ def _check_field(field: str, declared: Any, wrong: Wrong) -> None:
     With a misspelt one, every message would become a dead letter.
     """
     names: list[str] = []
-    declared = decode.bare(declared)
+    declared = record_decoding.envelope_in(declared) or decode.bare(declared)
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         names = list(declared.__struct_fields__)
     elif dataclasses.is_dataclass(declared):

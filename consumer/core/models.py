@@ -141,6 +141,10 @@ class Model:
         # Encoded again, since a model may read JSON in another way than Python's values.
         return self.from_bytes(msgspec.json.encode(tree, enc_hook=_encoded))
 
+    def from_value(self, value: object) -> Any:
+        """Validate Python values. Raises Unfit."""
+        return self._validate(self._adapter.validate_python, value)
+
     def _read(self, raw: bytes) -> Any:
         value = self._validate(self._adapter.validate_json, raw)
         if not self._loses_digits(raw):

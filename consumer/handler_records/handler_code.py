@@ -75,6 +75,8 @@ def codes_of(handler: Handler) -> Codes:
     compared = handler.fingerprint
     kind = "bytes" if compared is fingerprint.BYTES else "nothing" if compared is fingerprint.NOTHING else "a function"
     roots = [handler.function, handler.value_type, compared.of_value, id_code]
+    if handler.decode is not None:
+        roots.append(handler.decode if inspect.isfunction(handler.decode) else type(handler.decode).__qualname__)
     return Codes(_hash([options, kind, *_Walk(handler).texts(*roots)]), id_code)
 
 

@@ -132,16 +132,19 @@ def by_bytes(delivery: Delivery) -> Delivery:
 def decoded(delivery: Delivery) -> Any:
     """Return the value as the handler declares it. Raises Unreadable."""
     if delivery.value is UNDECODED:
-        raw = delivery.record.value
-        if raw is None:
-            if not delivery.handler.takes_none:
+        handler, record = delivery.handler, delivery.record
+        raw = record.value
+        if handler.read is not None:
+            delivery.value = handler.read(record)
+        elif raw is None:
+            if not handler.takes_none:
                 raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
             delivery.value = None
         else:
             try:
-                delivery.value = delivery.handler.decoder(raw)
+                delivery.value = handler.decoder(raw)
             except Exception as error:  # whatever a type's own code raises: these bytes are not of that type
-                delivery.value = read_again(delivery.handler.decoder, raw, error)
+                delivery.value = read_again(handler.decoder, raw, error)
     return delivery.value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from consumer.core.delivery import Delivery
 from consumer.core.errors import TransactionMisuse
 from consumer.core.message import Message
+from consumer.outbox.encoding import encoded
 from consumer.outbox.record import (
     TRACEPARENT,
     HeadersArgument,
@@ -20,10 +21,8 @@ from consumer.outbox.record import (
     OutgoingRecord,
     check_size,
     check_topic,
-    checked_headers,
     derived_id,
     encoded_key,
-    encoded_value,
     given_id,
     trace_of,
 )
@@ -67,12 +66,12 @@ class Publisher:
             self._ordinals[delivery] = ordinal + 1
             message_id = derived_id(handler.app, handler.name, delivery.id, ordinal)
         bytes_max = check_topic(topic, handler.publishes)
-        own = checked_headers(headers)
+        body, own = encoded(topic, value, headers, handler.encode)
         source = delivery or first
         trace: tuple[str | None, str | None] = (None, None)
         if not any(name == TRACEPARENT for name, _ in own):
             trace = own_trace() if (own_trace := current_trace.get()) is not None else trace_of(source.record.headers)
-        record = OutgoingRecord(topic, message_id, encoded_key(key), encoded_value(value), own, *trace)
+        record = OutgoingRecord(topic, message_id, encoded_key(key), body, own, *trace)
         check_size(record, bytes_max)
         return Outgoing(record, source.partition, handler.number, None if delivery is None else delivery.record.offset)
 

@@ -151,7 +151,7 @@ class Tx:
         messages of this partition. An undone savepoint and a failed message publish nothing.
 
         - topic: one of App(publishes=[...]).
-        - value: bytes and str as they are, None as a tombstone, anything else as JSON.
+        - value: bytes and str as they are, None as a tombstone, anything else as JSON; with App(encode=…) as that says.
         - headers: names with str, bytes or None. `traceparent` and `tracestate` of the message are passed on.
         - id: the message id. By default it is derived from App, handler, the message's id and how many records its
           handler has published for it before, so that the same message always publishes the same ids. Give one where

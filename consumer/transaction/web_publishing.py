@@ -13,14 +13,13 @@ from typing import Any
 from uuid import uuid4
 
 from consumer.core.errors import TransactionMisuse
+from consumer.outbox.encoding import EncodeFunction, encoded
 from consumer.outbox.record import (
     HeadersArgument,
     OutgoingRecord,
     check_size,
     check_topic,
-    checked_headers,
     encoded_key,
-    encoded_value,
     given_id,
 )
 
@@ -33,8 +32,9 @@ _ENDED = (
 class Publishing:
     """What one `async with app.publishing(connection)` publishes."""
 
-    def __init__(self, topics: Mapping[str, int]) -> None:
+    def __init__(self, topics: Mapping[str, int], encode: EncodeFunction | None = None) -> None:
         self._topics = topics
+        self._encode = encode
         self._records: list[OutgoingRecord] | None = []
 
     def publish(
@@ -51,7 +51,7 @@ class Publishing:
         and across transactions if the second began to publish after the first had committed.
 
         - topic: one of App(publishes=[...]).
-        - value: bytes and str as they are, None as a tombstone, anything else as JSON.
+        - value: bytes and str as they are, None as a tombstone, anything else as JSON; with App(encode=…) as that says.
         - headers: names with str, bytes or None.
         - id: the message id; by default a random UUID. Give one that a repeated request gives again, and the next App
           applies the message once.
@@ -62,13 +62,9 @@ class Publishing:
         if self._records is None:
             raise TransactionMisuse("publish: the block of `app.publishing` has ended; publish inside of it")
         bytes_max = check_topic(topic, self._topics)
-        record = OutgoingRecord(
-            topic,
-            uuid4().bytes if id is None else given_id(id),
-            encoded_key(key),
-            encoded_value(value),
-            checked_headers(headers),
-        )
+        body, own = encoded(topic, value, headers, self._encode)
+        message_id = uuid4().bytes if id is None else given_id(id)
+        record = OutgoingRecord(topic, message_id, encoded_key(key), body, own)
         check_size(record, bytes_max)
         self._records.append(record)
 
@@ -78,7 +74,9 @@ class Publishing:
 
 
 @asynccontextmanager
-async def publishing(given: Any, app: str, topics: Mapping[str, int]) -> AsyncIterator[Publishing]:
+async def publishing(
+    given: Any, app: str, topics: Mapping[str, int], encode: EncodeFunction | None = None
+) -> AsyncIterator[Publishing]:
     """Yield what publishes, and store it in the open transaction.
 
     given: a connection of asyncpg, or SQLAlchemy's AsyncSession or AsyncConnection on one. An error in the block stores
@@ -86,7 +84,7 @@ async def publishing(given: Any, app: str, topics: Mapping[str, int]) -> AsyncIt
     missing, and what the driver raises.
     """
     connection, transaction = await _open_transaction(given)
-    out = Publishing(topics)
+    out = Publishing(topics, encode)
     try:
         yield out
     except BaseException:
