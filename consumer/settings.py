@@ -102,10 +102,22 @@ class Settings(BaseModel):
     precheck_budget_ms: Positive = Field(50, description="longest wait for Redis before going on without it")
     precheck_window_hours: Positive = Field(24, description="how long a mark is kept, at least")
 
+    schema_registry_url: str | None = Field(
+        None, description="schema registry for decoders and encoders that need one, https://host:port, comma-separated"
+    )
+    schema_registry_username: str | None = Field(None, description="user of the schema registry, or API key")
+    schema_registry_password: SecretStr | None = Field(
+        None, description="password of the schema registry, or API secret"
+    )
+    schema_registry_token: SecretStr | None = Field(None, description="bearer token for the schema registry")
+    schema_registry_ca_file: str | None = Field(
+        None, description="CA certificates for the schema registry's TLS (default: the system's)"
+    )
+
     allow_insecure: str = Field(
         "",
         description="services that may be reached off this machine without TLS that checks who answers, of kafka, postgres, redis, "
-        "and http (other machines may reach ours), comma-separated",
+        "registry, and http (other machines may reach ours), comma-separated",
     )
 
     workers: Annotated[int, Field(ge=1, le=256)] = Field(1, description="worker processes, 1 to 256")
@@ -200,8 +212,8 @@ class Settings(BaseModel):
     @field_validator("allow_insecure")
     @classmethod
     def _services(cls, given: str) -> str:
-        if odd := sorted(_names(given) - {"kafka", "postgres", "redis", "http"}):
-            raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis, http")
+        if odd := sorted(_names(given) - {"kafka", "postgres", "redis", "registry", "http"}):
+            raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis, registry, http")
         return given
 
     @model_validator(mode="after")

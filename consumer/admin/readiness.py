@@ -36,6 +36,7 @@ async def check_ready(app: App, path: str, settings: Settings) -> None:
             f"--dead-letter-topic {target}: {app.name!r} consumes that topic itself, so its dead letters would come back to it "
             "for ever; name another topic"
         )
+    await app.open_registry(settings)
     await _check_lifespan(app, settings)
     await _check_databases(app, path, list(by_shard.values()))
     await _check_redis(app, settings)

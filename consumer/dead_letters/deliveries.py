@@ -23,10 +23,10 @@ from consumer.transaction.identify import identify
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 
 
-def delivery_of(
+def stored_delivery(
     dead_letter: DeadLetter, row: Any, app: str, handlers: Mapping[str, Handler]
 ) -> Delivery | tuple[str, str]:
-    """Return a dead letter as its handler gets it, or why not.
+    """Return a dead letter without its id, or why not.
 
     row: as dead_letter_queries.whole reads it; None if it is gone. The reason is an outcome and a text.
     """
@@ -59,8 +59,15 @@ def delivery_of(
         headers=tuple(zip(names, row["header_values"], strict=True)),
         fault="a header key that is not UTF-8" if any(not _is_text(name) for name in names) else "",
     )
-    attempts = row["attempts"]
-    delivery = Delivery(handler, record, attempts=attempts)
+    return Delivery(handler, record, attempts=row["attempts"])
+
+
+def identified(dead_letter: DeadLetter, row: Any, delivery: Delivery) -> Delivery:
+    """Return a dead letter as its handler gets it.
+
+    delivery: as it is stored.
+    """
+    handler, record, attempts, edit = delivery.handler, delivery.record, delivery.attempts, dead_letter.edit
     by_offset = bool(identify([delivery])) or isinstance(handler.rule, OffsetId)
     if edit is not None and edit.new_id is not None:
         dead_letter.other_id = True

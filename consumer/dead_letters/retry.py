@@ -26,9 +26,10 @@ from consumer.core.handler import Handler
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
-from consumer.dead_letters.deliveries import delivery_of
+from consumer.dead_letters.deliveries import identified, stored_delivery
 from consumer.dead_letters.edits import Edit
 from consumer.dead_letters.session import DeadLetter, DeadLetterSession, NotClaimable
+from consumer.decoders.preparation import fetch_schemas
 from consumer.effects.stage import EffectStage
 from consumer.handler_records import handler_code
 from consumer.postgres import dead_letter_queries
@@ -110,6 +111,7 @@ class DeadLetterRetrier:
     @classmethod
     async def open(cls, app: App, settings: Settings, operator: str, why: str = "") -> DeadLetterRetrier:
         """Raises Outage, Misconfigured."""
+        await app.open_registry(settings)
         session = await _session(app, settings, operator, why)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())
         handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
@@ -416,9 +418,14 @@ class DeadLetterRetrier:
         """
         numbers = [dead_letter.number for dead_letter in dead_letters]
         rows = await self._read(dead_letter_queries.whole(self.session.connection, numbers)) if dead_letters else {}
-        return [
-            (dead_letter, delivery_of(dead_letter, rows.get(dead_letter.number), self.app.name, self.handlers))
+        read = [
+            (dead_letter, stored_delivery(dead_letter, rows.get(dead_letter.number), self.app.name, self.handlers))
             for dead_letter in dead_letters
+        ]
+        await fetch_schemas([one for _, one in read if isinstance(one, Delivery)], self.settings)
+        return [
+            (dead_letter, identified(dead_letter, rows[dead_letter.number], one) if isinstance(one, Delivery) else one)
+            for dead_letter, one in read
         ]
 
 

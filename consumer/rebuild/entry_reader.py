@@ -9,6 +9,7 @@ from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
+from consumer.decoders.preparation import fetch_schemas
 from consumer.kafka import log_reader
 from consumer.kafka.bounds import Span
 from consumer.rebuild.applied_order import LOOKAHEAD, AppliedOrder, Backlog, OrderEntry, transactions
@@ -56,7 +57,7 @@ class EntryReader:
         settings, source = self._state.settings, self._state.source
         batch_max = settings.batch_messages_max
         ends = {span.partition: span.end for span in spans if span.length}
-        order = self._new_order(ends)
+        order = await self._new_order(ends)
         ready: list[OrderEntry] = []
         paused: set[Partition] = set()
         backlog = Backlog()
@@ -88,7 +89,7 @@ class EntryReader:
         for entries in [*slices, ready] if ready else slices:
             yield entries
 
-    def _new_order(self, ends: Mapping[Partition, int]) -> AppliedOrder:
+    async def _new_order(self, ends: Mapping[Partition, int]) -> AppliedOrder:
         """Return an order with the dead letters that were edited."""
         order = AppliedOrder(
             ends,
@@ -97,7 +98,9 @@ class EntryReader:
             by_records=self._variation.by_records,
         )
         self.contradicted = order.contradicted
-        for entry in self._history.edits(self._state.handlers):
+        edits = self._history.edits(self._state.handlers)
+        await fetch_schemas([entry.delivery for entry in edits], self._state.settings)
+        for entry in edits:
             order.add_late(entry)
         return order
 
@@ -124,5 +127,6 @@ class EntryReader:
         ]
         if not deliveries:
             return []
+        await fetch_schemas(deliveries, self._state.settings)
         self.topics_without_ids |= identify(deliveries, positions)
         return await self._history.entries(deliveries)

@@ -81,6 +81,7 @@ async def rebuild(
     Raises Misconfigured for what cannot be rebuilt, and CannotTell if a service fails meanwhile: one line each.
     """
     began = time.monotonic()
+    await app.open_registry(settings)
     with postgres_errors(settings):
         state = RebuildState(
             app, settings, source, sorted(set(partitions)), base, tell, progress, SharedSnapshot(settings)

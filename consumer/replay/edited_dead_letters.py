@@ -14,18 +14,24 @@ from consumer.core.dead_letters import edit_fault
 from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord
+from consumer.decoders.preparation import fetch_schemas
 from consumer.postgres import dead_letter_queries, generations
 from consumer.postgres.dead_letter_queries import Selection
 from consumer.postgres.protocol import Connection
 from consumer.replay.findings import EDITED, Findings
 from consumer.replay.wording import problem
+from consumer.settings import Settings
 from consumer.transaction.identify import by_bytes, identify
 
 _EDITS_AT_ONCE = 500
 
 
 async def check(
-    connection: Connection, findings: Findings, handlers: Mapping[int, Handler], selection: Selection
+    connection: Connection,
+    findings: Findings,
+    handlers: Mapping[int, Handler],
+    selection: Selection,
+    settings: Settings,
 ) -> None:
     """Count edits whose ledger row is gone, or another one.
 
@@ -40,7 +46,8 @@ async def check(
         last_action = rows[-1]["action"]
         for row in rows:
             handler = handlers[row["handler"]]
-            fault = edit_fault(row["applied"], row["fingerprint"], _fingerprints(handler, row))
+            known = await _fingerprints(handler, row, settings)
+            fault = edit_fault(row["applied"], row["fingerprint"], known)
             if fault and row["fingerprint"] is None and has_forgotten:
                 forgotten += 1
             elif fault:
@@ -53,7 +60,7 @@ async def check(
         findings.doubts.append(problem("edits_forgotten", forgotten, text))
 
 
-def _fingerprints(handler: Handler, row: Any) -> Collection[int]:
+async def _fingerprints(handler: Handler, row: Any, settings: Settings) -> Collection[int]:
     """Return the fingerprints that the edit may have in the ledger.
 
     There are none where its value is not kept.
@@ -71,6 +78,7 @@ def _fingerprints(handler: Handler, row: Any) -> Collection[int]:
         headers=tuple(zip(names, row["header_values"], strict=True)),
     )
     delivery = Delivery(handler, record)
+    await fetch_schemas([delivery], settings)
     identify([delivery])
     return {delivery.fingerprint, by_bytes(delivery).fingerprint}
 

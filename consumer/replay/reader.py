@@ -14,6 +14,7 @@ from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Scheduler
+from consumer.decoders.preparation import fetch_schemas
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import Chunk, read
 from consumer.postgres.connection import dsn_label
@@ -107,6 +108,7 @@ class Reader:
             records = [record for record in records if record.key == run.key]
         handlers = run.handlers_of(partition.topic)
         deliveries = [Delivery(handler, record) for record in records for handler in handlers]
+        await fetch_schemas(deliveries, run.settings)
         run.offset_ids |= identify(deliveries, run.ids.logs)
         if run.message_ids is not None:
             deliveries = [delivery for delivery in deliveries if delivery.id in run.message_ids]

@@ -116,8 +116,8 @@ async def _check_dead_letters(run: Run) -> None:
     handlers = {handler.number: handler for handler in run.handlers if handler.number > 0}
     ids = None if run.message_ids is None else [UUID(bytes=id) for id in run.message_ids]
     selection = Selection(list(handlers), Ranges.of(run.findings.spans), run.key, ids)
-    for module in (sealed_dead_letters, edited_dead_letters):
-        await module.check(connection, run.findings, handlers, selection)
+    await sealed_dead_letters.check(connection, run.findings, handlers, selection)
+    await edited_dead_letters.check(connection, run.findings, handlers, selection, run.settings)
 
 
 def _add_notes(run: Run) -> None:

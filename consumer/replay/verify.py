@@ -54,6 +54,7 @@ async def replay(
     """
     validate(options)
     refuse_shards(app)
+    await app.open_registry(settings)
     run = Run(app, settings, list(dict.fromkeys(topics)), options, progress, limits or Limits())
     engine = Engine(run, resumed)
     work = partial(engine.run, source or KafkaConsumer(settings, None))

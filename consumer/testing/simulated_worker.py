@@ -22,6 +22,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
+from consumer.decoders.preparation import fetch_schemas
 from consumer.effects.stage import EffectStage
 from consumer.postgres.session import Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved
@@ -191,6 +192,7 @@ class SimulatedWorker:
             self._lane.add(partition, its_records)
 
     async def _settle(self, batch: Batch, now: float) -> None:
+        await fetch_schemas(batch.deliveries, self._settings)
         identify(batch.deliveries)
         for delivery, error in await observe(batch.deliveries, _draw):
             self._failed(delivery, error)

@@ -307,7 +307,7 @@ class Trial:
     ) -> list[Delivered]:
         async with (
             _exclusive(self._app),
-            _bound(self._app, self._resources),
+            _bound(self._app, self._resources, self._settings),
             _standing_in(self._app, self._effects),
             connection_to(self._settings) as connection,
         ):
@@ -375,7 +375,8 @@ async def _exclusive(app: App) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _bound(app: App, resources: Mapping[str, object] | None) -> AsyncIterator[None]:
+async def _bound(app: App, resources: Mapping[str, object] | None, settings: Settings) -> AsyncIterator[None]:
+    await app.open_registry(settings)
     if resources is None:
         async with app.running():
             yield

@@ -248,6 +248,7 @@ class Parts:
             self._random,
             self._on_step,
             any(handler.effect is not None for handler in self._app.handlers.values()),
+            any(handler.schema_needed is not None for handler in self._app.handlers.values()),
         )
         self._runners = [LaneRunner(lane, services) for lane in self.lanes]
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from consumer.core.delivery import Batch
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import ConsumerError
 from consumer.core.evidence import Evidence
 from consumer.core.outcome import RetryLater
+from consumer.decoders.preparation import set_aside
 from consumer.effects.stage import EffectStage
 from consumer.logs import describe, event
 from consumer.postgres.errors import Conflict, Fenced, Outage, lock_timed_out, sqlstate_of
@@ -50,7 +51,7 @@ class LaneServices:
     """What the lanes of one worker share.
 
     turn: the number under which its transactions take turns after conflicts. has_effects: whether any handler calls
-    another system before its transaction.
+    another system before its transaction. has_schemas: whether any decoder has a schema registry.
     """
 
     settings: Settings
@@ -68,6 +69,7 @@ class LaneServices:
     random: Callable[[], float]
     on_step: Callable[[str], None]
     has_effects: bool
+    has_schemas: bool
 
 
 class LaneRunner:
@@ -116,16 +118,23 @@ class LaneRunner:
     async def settle_batch(self, batch: Batch) -> None:
         """Take a batch through all steps."""
         epoch = self._table.assignment_epoch(self.lane.shard.name)
-        self._identify(batch)
+        if self.services.has_schemas:
+            await self._identify_with_schemas(batch)
+        else:
+            self._identify(batch.deliveries)
         await self._pre_check(batch)
         if await self.services.shard_check.is_in_no_other_shard(self.lane, batch):
             await self._observe(batch)
             if not self.services.has_effects or await self._call_other_systems(batch, epoch):
                 await self._settle(batch, epoch)
 
-    def _identify(self, batch: Batch) -> None:
-        self.services.timestamps.look(batch.deliveries)
-        by_offset = identify(batch.deliveries, self.lane.shard.ids.logs)
+    async def _identify_with_schemas(self, batch: Batch) -> None:
+        """Identify the messages whose schema is known; the others wait."""
+        self._identify(await set_aside(batch.deliveries))
+
+    def _identify(self, deliveries: Sequence[Delivery]) -> None:
+        self.services.timestamps.look(deliveries)
+        by_offset = identify(deliveries, self.lane.shard.ids.logs)
         if by_offset:
             self.services.results.warn_of_offset_ids(by_offset)
 

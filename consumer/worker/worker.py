@@ -88,6 +88,7 @@ class Worker:
         Raises Misconfigured, Stalled, HandlerUncancellable, or whatever ended a part of the worker. After
         HandlerUncancellable, a handler's task still runs: nothing but the end of the process ends it.
         """
+        await self._app.open_registry(self._settings)
         async with self._app.running(), tracing(self._app, self._settings, self._parts.relays.values()):
             watch = LoopMonitor(lane.calls for lane in self.lanes)
             watch.start()

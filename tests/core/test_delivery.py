@@ -22,6 +22,7 @@ WRITERS = {
     "transaction/isolate.py": {"outcome", "attempts", "reruns", "call_alone", "success_mark", "failure_cause"},
     "transaction/result.py": {"outcome", "attempts"},
     "core/ordering.py": {"delayed"},
+    "decoders/preparation.py": {"id", "outcome", "failure_cause"},
     "effects/stage.py": {"outcome", "attempts", "reply"},
     "rebuild/ledger_history.py": {"outcome"},
     "rebuild/single_pass.py": {"outcome"},
