@@ -93,7 +93,7 @@ def test_both_modes_of_an_event_have_one_id() -> None:
 
 @pytest.mark.parametrize("mode", ["binary", "structured"])
 @pytest.mark.parametrize("name", ["json", "text", "bytes", "nothing"])
-def test_what_is_encoded_is_decoded_again(name: str, mode: str) -> None:
+def test_encoded_events_are_decoded_again(name: str, mode: str) -> None:
     case = CASES[f"{name}-binary"]
     declared, _ = DATA[name]
     event = decoded(delivery(of_type(declared), base64.b64decode(case["value"]), case["headers"]))
@@ -131,7 +131,7 @@ def test_a_model_of_pydantic_is_published_as_data() -> None:
         ),
     ],
 )
-def test_what_is_no_event_is_not_published(value: Any, says: str) -> None:
+def test_values_that_are_no_events_are_not_published(value: Any, says: str) -> None:
     with pytest.raises(TransactionMisuse, match=says):
         encoded("events", value, None, encode_function(CloudEvents()))
 
@@ -163,7 +163,7 @@ STRUCTURED = {"content-type": "application/cloudevents+json"}
         ),
     ],
 )  # fmt: skip
-def test_what_is_no_event_is_the_messages_fault(
+def test_messages_that_are_no_events_are_at_fault(
     value: bytes | None, headers: dict[str, str], reason: Reason, says: str
 ) -> None:
     refused = delivery(CloudEvent[Payment], value, headers)

@@ -179,7 +179,7 @@ PLAIN_NUMBERS = {"op": "c", "before": None, "after": {"id": 1, "at": 17673230456
         (PLAIN_NUMBERS, Change[Thing] | None, Reason.UNREADABLE, "Expected `datetime | null`, got `int`"),
     ],
 )
-def test_what_is_no_change_is_the_messages_fault(value: Any, declared: Any, reason: Reason, says: str) -> None:
+def test_messages_that_are_no_changes_are_at_fault(value: Any, declared: Any, reason: Reason, says: str) -> None:
     refused = delivery(value, declared)
     identify([refused])
     assert isinstance(refused.outcome, Dead)

@@ -132,7 +132,7 @@ def failing(record: Record) -> Any:
         (CloudEvents(), CloudEvent[Struct], "no CloudEvent"),
     ],
 )
-def test_what_cannot_be_read_is_the_messages_fault(option: Any, declared: Any, says: str) -> None:
+def test_unreadable_records_are_the_messages_fault(option: Any, declared: Any, says: str) -> None:
     refused = delivery(option, declared, b"{}", fingerprint="value")  # decoded before its claim
     identify([refused])
     assert isinstance(refused.outcome, Dead) and refused.outcome.reason is Reason.UNREADABLE
