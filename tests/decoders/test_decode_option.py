@@ -108,7 +108,7 @@ def test_the_id_is_of_the_decoded_value() -> None:
     assert of_field.id == of_function.id == plain.id != b""
 
 
-def test_fingerprints_are_of_the_bytes_unless_the_handler_asks_for_the_value() -> None:
+def test_fingerprints_are_of_the_bytes_or_of_the_value() -> None:
     bytes_ = [delivery(lambda record: TREE, Struct, value) for value in (b"one", b"two")]
     values = [delivery(lambda record: TREE, Struct, value, fingerprint="value") for value in (b"one", b"two")]
     identify([*bytes_, *values])
