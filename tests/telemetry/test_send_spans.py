@@ -6,6 +6,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import SpanKind, StatusCode
 
 from consumer.core.message import Partition
@@ -30,11 +31,11 @@ def row(seq: int, *headers: tuple[str, bytes | None]) -> Row:
 
 
 class Memory:
-    """A provider whose spans stay in memory."""
+    """A provider whose spans stay in memory, and that samples all of them."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
-        self.provider = TracerProvider()
+        self.provider = TracerProvider(ALWAYS_ON)
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.sending = traced_sends(self.provider)
 
