@@ -59,11 +59,6 @@ class Distribution:
         """Return a distribution without values."""
         return cls([0] * (len(metric.buckets) + 1), 0.0)
 
-    def add(self, other: Distribution) -> None:
-        """Add another distribution with the same bounds."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.sum += other.sum
-
 
 class Recorder:
     """Counts of one worker process."""

@@ -1,12 +1,15 @@
 """Sums over the worker processes of a supervisor, past and present.
 
-Pure. A process's counts stay when it ends, so counters never fall; its gauges go with it.
+Pure. A process's counts stay when it ends, so counters never fall; its gauges go with it. Sums are exact until they go out: the
+sum of rounded numbers depends on their order, and a counter that falls by its last digit is a reset for Prometheus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import isfinite
 from typing import Any
 
 from consumer.metrics.catalog import BY_NAME, Kind, Metric
@@ -23,12 +26,31 @@ class _Process:
     gauges: list[Gauge] = field(default_factory=list)
 
 
+class _Sums:
+    """Exact sums of counters and histograms."""
+
+    def __init__(self) -> None:
+        self.counters: dict[Series, Fraction] = {}
+        self.counts: dict[Series, list[int]] = {}  # of histograms, by bucket
+        self.sums: dict[Series, Fraction] = {}  # likewise
+
+    def add(self, series: Series, amount: float | Fraction) -> None:
+        """Add to a counter."""
+        self.counters[series] = self.counters.get(series, Fraction()) + Fraction(amount)
+
+    def add_distribution(self, series: Series, counts: Iterable[int], sum: float | Fraction) -> None:
+        """Add to a histogram."""
+        known = self.counts.get(series) or [0] * (len(series[0].buckets) + 1)
+        self.counts[series] = [mine + theirs for mine, theirs in zip(known, counts, strict=True)]
+        self.sums[series] = self.sums.get(series, Fraction()) + Fraction(sum)
+
+
 class Totals:
     """Counts of all worker processes, of the supervisor, and of its queries."""
 
     def __init__(self) -> None:
         self._running: dict[int, _Process] = {}
-        self._own = _Process()  # of processes that have ended, and of the supervisor
+        self._own = _Sums()  # of processes that have ended, and of the supervisor
         self._groups: dict[str, list[Gauge]] = {}
         self._limit = LabelLimit()
 
@@ -61,12 +83,14 @@ class Totals:
         ended = self._running.pop(process, None)
         if ended is None:
             return
-        _add(self._own.counters, self._limited(ended.counters))
-        _add_distributions(self._own.distributions, ended.distributions)
+        for (metric, labels), value in ended.counters.items():
+            self._own.add((metric, self._limit.limited(metric, labels)), value)
+        for series, distribution in ended.distributions.items():
+            self._own.add_distribution(series, distribution.counts, distribution.sum)
 
     def add(self, metric: Metric, labels: Labels = (), amount: float = 1) -> None:
         """Add to a counter of the supervisor."""
-        _add(self._own.counters, {(metric, labels): amount})
+        self._own.add((metric, labels), amount)
 
     def set_gauges(self, group: str, gauges: Iterable[Gauge]) -> None:
         """Replace a group of the supervisor's gauges."""
@@ -76,23 +100,23 @@ class Totals:
 
     def counters(self) -> dict[Series, float]:
         """Return the sum of each counter."""
-        sums: dict[Series, float] = {}
-        for process in (self._own, *self._running.values()):
-            _add(sums, process.counters)
-        return self._limited(sums)
-
-    def _limited(self, values: Mapping[Series, float]) -> dict[Series, float]:
-        limited: dict[Series, float] = {}
-        for (metric, labels), value in values.items():
-            _add(limited, {(metric, self._limit.limited(metric, labels)): value})
-        return limited
+        total = _Sums()
+        for series, known in self._own.counters.items():
+            total.add(series, known)
+        for process in self._running.values():
+            for (metric, labels), value in process.counters.items():
+                total.add((metric, self._limit.limited(metric, labels)), value)
+        return {series: float(value) for series, value in total.counters.items()}
 
     def distributions(self) -> dict[Series, Distribution]:
         """Return the sum of each histogram."""
-        sums: dict[Series, Distribution] = {}
-        for process in (self._own, *self._running.values()):
-            _add_distributions(sums, process.distributions)
-        return sums
+        total = _Sums()
+        for series, counts in self._own.counts.items():
+            total.add_distribution(series, counts, self._own.sums[series])
+        for process in self._running.values():
+            for series, distribution in process.distributions.items():
+                total.add_distribution(series, distribution.counts, distribution.sum)
+        return {series: Distribution(counts, float(total.sums[series])) for series, counts in total.counts.items()}
 
     def gauges(self) -> dict[Series, float]:
         """Return each gauge: the sum over workers, or the largest."""
@@ -107,34 +131,29 @@ class Totals:
         return values
 
 
-def _add(sums: dict[Series, float], more: Mapping[Series, float]) -> None:
-    for series, value in more.items():
-        sums[series] = sums.get(series, 0) + value
-
-
-def _add_distributions(sums: dict[Series, Distribution], more: Mapping[Series, Distribution]) -> None:
-    for series, distribution in more.items():
-        if series not in sums:
-            sums[series] = Distribution.empty(series[0])
-        sums[series].add(distribution)
-
-
 _Beat = tuple[int, dict[Series, float], dict[Series, Distribution], list[Gauge] | None]
 
 
 def _read(beat: Any) -> _Beat:
     """Read a beat whole. Raises ValueError, TypeError, KeyError or AttributeError."""
-    counters = {_series(name, labels): float(value) for name, labels, value in beat["counters"]}
+    counters = {_series(name, labels): _finite(value) for name, labels, value in beat["counters"]}
     distributions = {}
     for name, labels, counts, total in beat["histograms"]:
         series = _series(name, labels)
         if len(counts) != len(series[0].buckets) + 1:
             raise ValueError(name)
-        distributions[series] = Distribution([int(count) for count in counts], float(total))
+        distributions[series] = Distribution([int(count) for count in counts], _finite(total))
     gauges = beat.get("gauges")
     if gauges is not None:
         gauges = [(*_series(name, labels), float(value)) for name, labels, value in gauges]
     return int(beat["number"]), counters, distributions, gauges
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not isfinite(number):
+        raise ValueError(number)
+    return number
 
 
 def _series(name: str, labels: list[str]) -> Series:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from consumer.metrics.catalog import (
     BATCH_MESSAGES,
     BY_NAME,
+    DELAY,
     FAILED_ATTEMPTS,
     LAG_MESSAGES,
+    LOOP_BLOCKED,
     MESSAGES,
     METRICS,
     OTHER,
@@ -103,6 +105,29 @@ def test_counters_are_monotone_and_count_each_beat_once(actions: list[tuple[str,
         assert (distribution.sum if distribution is not None else 0) == expected
 
 
+@given(
+    st.lists(st.lists(st.floats(0, 1e6), min_size=1, max_size=3), min_size=2, max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_the_end_of_processes_changes_no_sum_by_rounding(values: list[list[float]], random: Any) -> None:
+    totals = Totals()
+    for process, of_process in enumerate(values):
+        totals.begin(process)
+        recorder = Recorder()
+        for value in of_process:
+            recorder.add(LOOP_BLOCKED, (), value)
+            recorder.observe(DELAY, ("settle", "payments"), value)
+        totals.report(process, as_sent(recorder.beat()))
+
+    def sums() -> tuple[list[float], list[float]]:
+        return list(totals.counters().values()), [one.sum for one in totals.distributions().values()]
+
+    before = sums()
+    for process in random.sample(range(len(values)), len(values)):
+        totals.end(process)
+        assert sums() == before
+
+
 def test_an_earlier_beat_and_the_end_of_a_process_change_no_count() -> None:
     totals = Totals()
     worker = Worker(totals, 1)
@@ -135,6 +160,7 @@ def test_a_beat_that_was_not_sent_is_in_the_next_one() -> None:
         {"number": "x", "counters": [], "histograms": []},
         {"number": 1, "counters": [["messages_total", ["too", "few"], 1]], "histograms": []},
         {"number": 1, "counters": [["no such metric", [], 1]], "histograms": []},
+        {"number": 1, "counters": [["messages_total", list(APPLIED), float("nan")]], "histograms": []},
         {"number": 1, "counters": [], "histograms": [["batch_messages", [], [1], 1]]},
         {
             "number": 1,
