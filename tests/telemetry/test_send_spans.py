@@ -31,7 +31,7 @@ def row(seq: int, *headers: tuple[str, bytes | None]) -> Row:
 
 
 class Memory:
-    """A provider whose spans stay in memory, and that samples all of them."""
+    """A provider that samples every span, and keeps it in memory."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
