@@ -104,7 +104,8 @@ class RegistryCodec:
             try:
                 compiled = self._compiled[key] = self.compile(schema)
             except Exception as error:
-                raise Unfit(f"schema {key} cannot be used ({type(error).__name__})") from error
+                why = str(error) if isinstance(error, Unfit) else type(error).__name__
+                raise Unfit(f"schema {key} cannot be used ({why})") from error
         return compiled, body
 
     def writing(self, topic: str) -> tuple[Schema, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -26,6 +27,7 @@ _ANSWER_BYTES_MAX = 16 << 20
 _UNKNOWN = (40401, 40402, 40403)  # subject, version, schema not found
 _REFERENCES_MAX = 500
 _NO_REGISTRY = "an answer of another form; is CONSUMER_SCHEMA_REGISTRY_URL a schema registry?"
+_PROTOBUF_TEXT = re.compile(r"[^A-Za-z0-9+/=]")  # what base64 has not
 _MEDIA_TYPES = "application/vnd.schemaregistry.v1+json, application/json"
 
 
@@ -91,6 +93,10 @@ class RegistryClient:
         kind = answer.get("schemaType") or "AVRO"
         if kind == "PROTOBUF":
             answer = self._get(f"{path}?format=serialized")
+            if _PROTOBUF_TEXT.search(_text_of(answer)):
+                raise RegistryUnavailable(
+                    "it has a Protobuf schema as text only; use one that answers format=serialized, as Confluent's does"
+                )
         references: dict[str, str] = {}
         self._add_references(answer, kind, references, set())
         return Schema(kind, _text_of(answer), tuple(references.items()), id)

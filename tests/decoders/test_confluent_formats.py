@@ -125,6 +125,19 @@ async def test_avro_with_a_reference_is_decoded(registry: SchemaRegistry) -> Non
     }
 
 
+async def test_avro_of_a_java_serializer_is_decoded(registry: SchemaRegistry) -> None:
+    assert await read(registry, Avro(), dict[str, Any], value_of("avro-java")) == {
+        "id": "é-1",
+        "amount": 9007199254740993,
+        "price": Decimal("-1234567890123.4500"),
+        "at": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC),
+        "tags": ["a", "b"],
+        "counts": {"x": 2**40},
+        "note": None,
+        "state": "PAID",
+    }
+
+
 async def test_the_id_is_a_field_of_the_decoded_value(registry: SchemaRegistry) -> None:
     app = new_app(Avro(), Order, message_id="field:id")
     await app.open_registry(settings(registry))

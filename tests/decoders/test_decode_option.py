@@ -177,6 +177,12 @@ def test_an_effect_decodes_too() -> None:
     @charge.settled
     async def charged(payload: Struct, tx: Tx) -> None: ...
 
+    @app.effect("orders", remembers=0, decode=CloudEvents())
+    async def notify(event: CloudEvent[Struct]) -> None: ...
+
+    @notify.settled
+    async def notified(event: CloudEvent[Struct], tx: Tx) -> None: ...
+
     one = Delivery(app.handlers["charge"], LogRecord("orders", 0, 0, 0, None, b'[{"id": "a", "price": 1}]', ()))
     assert decoded(one) == Struct("a", Decimal(1))
 

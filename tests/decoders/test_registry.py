@@ -77,6 +77,14 @@ def test_a_path_that_is_no_registry_is_not_taken_for_an_unknown_schema() -> None
         client(f"{registry.url}/wrong").schema(1)
 
 
+def test_a_registry_without_descriptors_of_protobuf_is_named() -> None:
+    """Apicurio answers with the text, whatever format is asked for."""
+    with SchemaRegistry() as registry:
+        registry.serializes = False
+        with pytest.raises(RegistryUnavailable, match="Protobuf schema as text only; use one that answers"):
+            client(registry.url).schema(6)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -31,6 +31,7 @@ class SchemaRegistry:
             name: [dict(subject)] for name, subject in FIXTURES["subjects"].items()
         }
         self.is_down = False
+        self.serializes = True  # answers format=serialized
         self.credentials = ""
         self.requests: list[str] = []
         self._tls = tls
@@ -117,7 +118,7 @@ class SchemaRegistry:
         answer = {key: value for key, value in versions[0].items() if key != "schemaType" or value != "AVRO"}
         if not subject:
             answer = {key: value for key, value in answer.items() if key not in ("id", "version")}
-        if answer.get("schemaType") == "PROTOBUF" and not is_serialized:
+        if answer.get("schemaType") == "PROTOBUF" and not (is_serialized and self.serializes):
             answer["schema"] = 'syntax = "proto3"; // the text, which this client does not read'
         return 200, answer
 
