@@ -17,7 +17,7 @@ from consumer.core import fingerprint as fingerprints
 from consumer.core.effect import ask_with, build_effect, settle_with
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
-from consumer.core.record_decoding import DecodeOption, check_option, uses_registry
+from consumer.core.record_decoding import DecodeOption, check_option
 from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
 from consumer.core.worker_health import EmbeddedWorker
@@ -294,8 +294,10 @@ class App:
         the environment. Raises Misconfigured for a registry that cannot be used, and ServiceUnavailable.
         """
         self._has_registry = True
-        codecs = [self._encoder, *(handler.decode for handler in self._handlers.values())]
-        if any(uses_registry(codec) for codec in codecs):
+        codecs: list[Any] = [handler.decode for handler in self._handlers.values() if handler.schema_needed is not None]
+        if hasattr(self._encoder, "use_registry"):
+            codecs.append(self._encoder)
+        if codecs:
             # Dynamic: its client takes time to import, and few Apps need it.
             open_registry = importlib.import_module("consumer.decoders.preparation").open_registry
             await open_registry(codecs, self._encoder, self.publishes, settings or Settings())

@@ -106,19 +106,15 @@ def reader(option: Any, declared: Any, *, allow_nan: bool) -> tuple[Read, bool]:
     return _reader(read, convert, takes_none, reads_null), takes_null
 
 
-def uses_registry(codec: object) -> bool:
-    """Return whether a codec, or one inside it, uses a schema registry."""
-    while codec is not None and not hasattr(codec, "use_registry"):
-        codec = getattr(codec, "inner", None)
-    return codec is not None
-
-
 def schema_question(option: object) -> Callable[[Record], Any] | None:
     """Return what says which schema a record needs.
 
-    None for decoders without a registry.
+    None for decoders that read no registry.
     """
-    return getattr(option, "schema_needed", None) if uses_registry(option) else None
+    part: Any = option
+    while part is not None and not getattr(part, "reads_registry", False):
+        part = getattr(part, "inner", None)
+    return None if part is None else getattr(option, "schema_needed", None)
 
 
 def check_envelope(declared: type[Envelope] | None, decoded: type[Envelope] | None, name: str) -> None:

@@ -44,6 +44,7 @@ class RegistryCodec:
     """What decoders with a registry share."""
 
     kind = ""  # of a schema, as the registry calls it
+    reads_registry = True  # whether `decode` needs schemas
 
     def __init__(self) -> None:
         self._registry: Registry | None = None

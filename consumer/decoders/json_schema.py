@@ -13,9 +13,8 @@ import msgspec
 from consumer.core.message import Record
 from consumer.core.models import Unfit
 from consumer.decoders.avro import RegistryCodec, as_builtins
-from consumer.decoders.registry import Registry
 from consumer.decoders.registry_client import Schema
-from consumer.decoders.wire_format import SchemaKey, framed, payload
+from consumer.decoders.wire_format import framed, payload
 from consumer.outbox.encoding import Encoded
 
 
@@ -28,13 +27,10 @@ class JsonSchema(RegistryCodec):
     """
 
     kind = "JSON"
+    reads_registry = False
 
     def compile(self, schema: Schema) -> Any:
         """Return nothing: the schema is not read."""
-        return None
-
-    def schema_needed(self, record: Record) -> tuple[Registry, SchemaKey] | None:
-        """Return None: no schema is needed."""
         return None
 
     def decode(self, record: Record) -> object:

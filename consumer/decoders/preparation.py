@@ -41,15 +41,16 @@ async def open_registry(codecs: Iterable[Any], encoder: Any, topics: Iterable[st
     for codec in codecs:
         for part in with_registry(codec):
             part.use_registry(registry)
-    for codec in with_registry(encoder):
-        for topic in topics:
-            subject = f"{topic}-value"
-            schema = await registry.latest(subject, settings.wait_seconds)
-            if schema is None:
-                raise Misconfigured(
-                    f"schema registry: no subject {subject!r}, which encode= writes with; register the schema of topic {topic!r}"
-                )
-            codec.use_schema(topic, schema)
+    if not hasattr(encoder, "use_schema"):
+        return
+    for topic in topics:
+        subject = f"{topic}-value"
+        schema = await registry.latest(subject, settings.wait_seconds)
+        if schema is None:
+            raise Misconfigured(
+                f"schema registry: no subject {subject!r}, which encode= writes with; register the schema of topic {topic!r}"
+            )
+        encoder.use_schema(topic, schema)
 
 
 def _needed(deliveries: Iterable[Delivery]) -> dict[Registry, set[SchemaKey]]:
@@ -81,8 +82,9 @@ async def set_aside(deliveries: Sequence[Delivery]) -> list[Delivery]:
     """
     needed = _needed(deliveries)
     for registry, keys in needed.items():
-        # race: while a registry is down a batch does not wait for it again.
-        await registry.fetch(keys, 0.05 if registry.error else AT_ONCE_SECONDS)
+        # A batch waits once for a schema, and not at all for a registry that is down.
+        is_first = not registry.error and any(not registry.is_fetching(key) for key in keys)
+        await registry.fetch(keys, AT_ONCE_SECONDS if is_first else 0)
     if not needed or not _needed(deliveries):
         return list(deliveries)
     ready: list[Delivery] = []

@@ -62,6 +62,10 @@ class Registry:
         """Return whether a schema must be fetched before it is used."""
         return key not in self._schemas and self._unknown.get(key, 0.0) < time.monotonic()
 
+    def is_fetching(self, key: SchemaKey) -> bool:
+        """Return whether a schema was asked for and has not come yet."""
+        return key in self._wanted
+
     def schema(self, key: SchemaKey) -> Schema:
         """Return a schema that was fetched.
 
