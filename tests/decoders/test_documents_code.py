@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
+import types
 import uuid
 from decimal import Decimal
 from typing import Any
@@ -23,12 +25,13 @@ SCHEMA = """create table payments (payment_id uuid primary key, amount numeric);
 create table orders (id int primary key, total numeric, note text);"""
 
 
-def app_of(name: str) -> Any:
-    """The App of the section with this text in its code."""
-    [code] = [block.code for block in documents.blocks(PAGE) if block.language == "python" and name in block.code]
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(code, str(PAGE), "exec"), names)
-    return names["app"]
+def app_of(text: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The App of the code with this text."""
+    [code] = [block.code for block in documents.blocks(PAGE) if block.language == "python" and text in block.code]
+    page = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # where annotations are looked up
+    exec(compile(code, str(PAGE), "exec"), page.__dict__)
+    return page.app
 
 
 async def rows(exactly_once: ExactlyOnce, app: Any, sql: str, *messages: Sent) -> list[tuple[Any, ...]]:
@@ -37,14 +40,14 @@ async def rows(exactly_once: ExactlyOnce, app: Any, sql: str, *messages: Sent) -
     return [tuple(row) for row in await trial.fetch(sql)]
 
 
-async def test_cloudevents_of_the_page(exactly_once: ExactlyOnce) -> None:
+async def test_cloudevents_of_the_page(exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch) -> None:
     event = {"specversion": "1.0", "id": "1", "source": "/s", "type": "com.example.paid"}
     data = {"payment_id": str(ID), "amount": 3}
     sent = Sent("payments", {**event, "data": data}, headers={"content-type": "application/cloudevents+json"})
-    assert await rows(exactly_once, app_of("CloudEvents()"), "select * from payments", sent) == [(ID, 3)]
+    assert await rows(exactly_once, app_of("CloudEvents()", monkeypatch), "select * from payments", sent) == [(ID, 3)]
 
 
-async def test_debezium_of_the_page(exactly_once: ExactlyOnce) -> None:
+async def test_debezium_of_the_page(exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(op: str, lsn: int, before: Any, after: Any) -> Sent:
         source = {"connector": "postgresql", "db": "shop", "table": "orders", "lsn": lsn}
         return Sent(
@@ -56,14 +59,14 @@ async def test_debezium_of_the_page(exactly_once: ExactlyOnce) -> None:
         change("c", 11, None, first), change("u", 12, first, second), change("c", 21, None, {**first, "id": 2}),
         change("d", 22, {"id": 2, "total": "1.50"}, None), Sent("shop.public.orders", None, key="2"),
     ]  # fmt: skip
-    assert await rows(exactly_once, app_of("Debezium()"), "select * from orders", *messages) == [
+    assert await rows(exactly_once, app_of("Debezium()", monkeypatch), "select * from orders", *messages) == [
         (1, Decimal("2.50"), None)
     ]
 
 
-async def test_a_format_of_its_own_on_the_page(exactly_once: ExactlyOnce) -> None:
+async def test_a_format_of_its_own_on_the_page(exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = Sent("entries", gzip.compress(json.dumps({"id": "a", "amount": 3}).encode()))
-    assert await rows(exactly_once, app_of("gzip"), "select * from entries", sent) == [("a", 3)]
+    assert await rows(exactly_once, app_of("gzip", monkeypatch), "select * from entries", sent) == [("a", 3)]
 
 
 async def test_avro_of_the_page(exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,4 +82,6 @@ async def test_avro_of_the_page(exactly_once: ExactlyOnce, monkeypatch: pytest.M
         stream = io.BytesIO()
         fastavro.schemaless_writer(stream, fastavro.parse_schema(schema), {"payment_id": ID, "amount": Decimal("3.50")})
         sent = Sent("payments", b"\0" + id.to_bytes(4, "big") + stream.getvalue())
-        assert await rows(exactly_once, app_of("Avro()"), "select * from payments", sent) == [(ID, Decimal("3.50"))]
+        assert await rows(exactly_once, app_of("Avro()", monkeypatch), "select * from payments", sent) == [
+            (ID, Decimal("3.50"))
+        ]
