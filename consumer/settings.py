@@ -157,9 +157,8 @@ class Settings(BaseModel):
     )
     console_proxy_secret: SecretStr | None = Field(
         None,
-        min_length=16,
-        description="what the proxy of `consumer console --auth proxy` sends as X-Console-Secret (required when other machines reach "
-        "the console)",
+        description="what the proxy of `consumer console --auth proxy` sends as X-Console-Secret, at least 16 "
+        "characters (required when other machines reach the console)",
     )
     tracing: Literal["off", "parent", "link"] = Field(
         "off",

@@ -16,6 +16,7 @@ from consumer.settings import Settings
 
 LISTEN = "127.0.0.1:9465"
 PROXY = "proxy"
+_SECRET_MIN = 16
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -58,6 +59,11 @@ class ConsoleOptions:
                     f"--auth proxy on {self.listen}: every machine could name an operator; give it "
                     "CONSUMER_CONSOLE_PROXY_SECRET, which the proxy sends as X-Console-Secret, or listen on 127.0.0.1"
                 )
+        secret = settings.console_proxy_secret
+        if is_proxied and secret is not None and len(secret.get_secret_value()) < _SECRET_MIN:
+            raise Misconfigured(
+                f"CONSUMER_CONSOLE_PROXY_SECRET: shorter than {_SECRET_MIN} characters; draw a longer one at random"
+            )
         if self.reports is not None and not self.reports.is_dir():
             raise Misconfigured(f"--reports {self.reports}: no such directory; name the one with the JSON of replays")
         return host, port

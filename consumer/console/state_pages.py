@@ -59,7 +59,9 @@ def _rows(status: Status, history: History) -> Iterator[Mapping[str, Any]]:
     for row in status.partitions:
         place = (row["topic"], row["partition"])
         rate = history.rate(Partition(*place))
-        yield {**row, "rate": rate, "left": seconds_left(row["lag"], rate), "systemic": systemic.get(place)}
+        is_standing = row["stopped"] or row["paused"]
+        left = None if is_standing else seconds_left(row["lag"], rate)
+        yield {**row, "rate": rate, "left": left, "systemic": systemic.get(place)}
 
 
 def attention_of(status: Status) -> Iterator[Attention]:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 SECRET = "pa55-w0rd"
 DSN = f"postgresql://bob:{SECRET}@host/x"
-SECRETS = ["kafka_sasl_password", "postgres_dsn", "redis_url"]
+SECRETS = ["console_proxy_secret", "kafka_sasl_password", "postgres_dsn", "redis_url"]
 
 
 @pytest.fixture(autouse=True)

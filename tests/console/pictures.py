@@ -74,8 +74,8 @@ async def take(browser: Browser, kafka: Kafka, postgres: Postgres, directory: Pa
 
         letter = (await until("dead letters", dead))[0][0]
         for name, path, scheme, width, height in (
-            ("console-partitions", "/", "light", 1100, 620),
-            ("console-handlers", "/handlers", "dark", 1100, 620),
+            ("console-partitions", "/", "light", 1100, 520),
+            ("console-handlers", "/handlers", "dark", 1100, 760),
             ("console-phone", f"/dead-letters/{letter}", "light", 360, 780),
         ):
             await asyncio.to_thread(picture, browser, address + path, scheme, (width, height), TARGET / f"{name}.png")

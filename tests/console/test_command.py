@@ -31,7 +31,7 @@ def run(cwd: Path, *arguments: str, path: str = str(ROOT), **environment: str) -
         (["--listen", "127.0.0.1:0", "--auth", "who_asks:absent"], "cannot be imported"),
         (["--listen", "127.0.0.1:0", "--auth", "absent:who"], "cannot be imported"),
         (["--reports", "/nonexistent"], "no such directory"),
-        (["--console-proxy-secret", "short"], "CONSUMER_CONSOLE_PROXY_SECRET"),
+        (["--auth", "proxy", "--console-proxy-secret", "short"], "CONSUMER_CONSOLE_PROXY_SECRET: shorter"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:

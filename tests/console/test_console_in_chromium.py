@@ -129,6 +129,7 @@ def is_refused_from_elsewhere(browser: Browser, address: str) -> None:
         assert "the form comes from another site" in tab.text()
 
 
+@pytest.mark.timeout(600)  # many steps, each of them quick
 async def test_operator_finds_mends_and_retries(
     browser: Browser, kafka: Kafka, own_postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
