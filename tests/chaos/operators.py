@@ -100,7 +100,7 @@ class Operators:
             if code in (0, 1):
                 self.acts += 1
                 return f"exit code {code}"
-            if "wants rows for longer" in errors:
+            if "rows for longer than" in errors:
                 return "refused: the application wants its rows"
             if "Traceback" in errors:
                 break
