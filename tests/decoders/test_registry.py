@@ -17,8 +17,12 @@ from harness import settings_for, until
 from schema_registry import SchemaRegistry
 
 from consumer import App, Misconfigured
+from consumer.core.delivery import Delivery
 from consumer.core.errors import ServiceUnavailable
+from consumer.core.message import LogRecord
+from consumer.core.outcome import RetryLater
 from consumer.decoders import Avro
+from consumer.decoders.preparation import set_aside
 from consumer.decoders.registry import Registry
 from consumer.decoders.registry_client import RegistryClient, RegistryUnavailable
 
@@ -125,6 +129,36 @@ async def test_a_registry_that_is_down_is_asked_again_until_it_answers() -> None
         server.is_down = False
         assert await registry.fetch([1], 30)
         assert registry.schema(1).kind == "AVRO" and registry.error == ""
+
+
+async def test_messages_behind_one_that_is_set_aside_wait_too() -> None:
+    with SchemaRegistry() as server:
+        app = App("shop", decode=Avro())
+
+        @app.handler("orders")
+        async def store(order: dict[str, Any]) -> None: ...
+
+        await app.open_registry(settings_for("postgresql://x/y", "127.0.0.1:1", None, schema_registry_url=server.url))
+
+        def delivery(offset: int, key: bytes, schema: int) -> Delivery:
+            value = b"\0" + schema.to_bytes(4, "big") + b"x"
+            return Delivery(app.handlers["store"], LogRecord("orders", 0, offset, 0, key, value, ()))
+
+        assert await set_aside([known := delivery(0, b"k", 1)]) == [known]
+        server.is_down = True
+        batch = [delivery(1, b"a", 2), delivery(2, b"a", 1), delivery(3, b"b", 1), delivery(4, b"c", 3)]
+        assert await set_aside(batch) == [batch[2]]
+        assert [type(one.outcome) for one in batch] == [RetryLater, RetryLater, type(None), RetryLater]
+        assert [one.attempts for one in batch] == [0, 0, 0, 0] and all(one.id for one in batch if one.outcome)
+        assert batch[0].failure_cause is not None and batch[0].failure_cause.systemic
+        server.is_down = False
+        for one in batch:
+            one.outcome = None  # as a scheduler does before it gives them again
+
+        async def ready() -> bool:
+            return await set_aside(batch) == batch
+
+        await until("the schemas", ready)
 
 
 async def test_an_unknown_id_that_is_known_a_moment_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
