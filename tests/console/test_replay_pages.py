@@ -1,4 +1,4 @@
-"""Reports of replays in the console: those of the directory, and nothing else."""
+"""Reports of replays in the console: those of its directory alone."""
 
 from __future__ import annotations
 
