@@ -27,7 +27,7 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 	$(BIN)/python -m handlers.shop $(ARGS)
 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
-	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Few examples for each property, and without the tests that are about many states: `make test` has them.
 unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
@@ -35,7 +35,7 @@ unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's 
 		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel $(ARGS)
 
 coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
-	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --cov=consumer --cov=handlers --cov-branch \
+	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --no-loadscope-reorder --cov=consumer --cov=handlers --cov-branch \
 		--cov-report=term:skip-covered --cov-report=html:.cache/coverage $(ARGS)
 
 release-check: $(SUPPLY)/.complete ## Build the wheel, install it in a clean environment, run the demo from it (KEEP=yes: for a release)

@@ -9,19 +9,27 @@ import asyncio
 import logging
 import os
 import signal
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
 import pytest
-from harness import Place, migrated, query
+from harness import Place, execute, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from services import Kafka
 from worker_log import WorkerLog
 
 from consumer.local_servers import Postgres, Valkey
+
+# Bytecode is kept even where the environment says no: each of the processes of the tests would compile every module.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Where SIGINT is ignored (`make test &` in a script), children would ignore it too, and tests could press no Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,6 +55,17 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("core")
 
 
+_LONG_FILES = [line for line in (Path(__file__).parent / "long_files.txt").read_text().splitlines() if line[0] != "#"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files that take long or have many tests, where several processes share the work."""
+    if hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        places = {config.rootpath / "tests" / file: place for place, file in enumerate(_LONG_FILES)}
+        items.sort(key=lambda item: (places.get(item.path, len(places)), -tests[item.path]))
+
+
 @pytest.fixture(autouse=True)
 def _levels_of_loggers() -> Iterator[None]:
     """Restore the levels of loggers after each test."""
@@ -66,7 +85,10 @@ def kafka() -> Iterator[Kafka]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     # Processes are killed here, machines are not: without fsync the same guarantees hold, and the disk is left alone.
-    with Postgres({"fsync": "off"}) as server:
+    # Tests connect thousands of times: a login is hashed once, not 4,096 times on both sides.
+    with Postgres({"fsync": "off", "scram_iterations": "1"}) as server:
+        user = urlsplit(server.dsn())
+        asyncio.run(execute(server.dsn(), f"alter role {user.username} password '{user.password}'"))
         yield server
 
 

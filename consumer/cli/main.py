@@ -6,6 +6,7 @@ answer is inconclusive. Every error is one line on standard error, without a tra
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -77,7 +78,9 @@ def main() -> None:
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - open until the process ends
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     interrupts.end_at_once()
-    only(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="consumer")
+    command = only(sys.argv[1] if len(sys.argv) > 1 else "")
+    gc.freeze()  # modules stay: to look for garbage in them, at the end once more, takes a fifth of a short command
+    command(prog_name="consumer")
 
 
 def _version(wanted: bool) -> None:

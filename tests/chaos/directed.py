@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import prefork
 from aiokafka import AIOKafkaProducer
 from harness import ROOT, as_worker, migrated, new_topic, settings_for, until
 
@@ -289,15 +288,9 @@ class Stage:
             **scenario.settings,
         )
 
-    def _start(self, scenario: Scenario, mutant: str, die: str = "") -> subprocess.Popen[bytes]:
+    def _start(self, scenario: Scenario, mutant: str, die: str = "") -> prefork.Process:
         with (self._directory / f"{self._name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "chaos.worker"],
-                env=self._environment(scenario, mutant, die),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            return prefork.start(["-m", "chaos.worker"], self._environment(scenario, mutant, die), log, stdout=log)
 
     def _environment(self, scenario: Scenario, mutant: str, die: str = "") -> dict[str, str]:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
@@ -320,15 +313,11 @@ class Stage:
         given = {"{topic}": self._topic}
         if "{letter}" in arguments:
             given |= await self._mending()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", *[given.get(argument, argument) for argument in arguments], "--json",
-            env={**self._environment(scenario, mutant), **environment},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        out, errors = await asyncio.wait_for(process.communicate(), _SECONDS)
-        with (self._directory / f"{self._name}.log").open("ab") as log:
-            log.write(b"$ consumer %s\n" % " ".join(arguments).encode() + out + errors)
-        assert process.returncode in (0, 1), errors.decode()[-400:]
+        program = ["-m", "consumer", *[given.get(argument, argument) for argument in arguments], "--json"]
+        answer = await prefork.answer(program, {**self._environment(scenario, mutant), **environment}, seconds=_SECONDS)
+        with (self._directory / f"{self._name}.log").open("a") as log:
+            log.write(f"$ consumer {' '.join(arguments)}\n{answer.stdout}{answer.stderr}")
+        assert answer.returncode in (0, 1), answer.stderr[-400:]
 
     async def _mending(self) -> dict[str, str]:
         """The dead letter of `book`, and its new payload and id.
@@ -356,15 +345,15 @@ class Stage:
         finally:
             await connection.close()
 
-    async def _died(self, process: subprocess.Popen[bytes]) -> None:
+    async def _died(self, process: prefork.Process) -> None:
         await self._ended(process)
         assert process.returncode == -9, f"it was to kill itself, and ended with {process.returncode}"
 
-    async def _stop(self, process: subprocess.Popen[bytes]) -> None:
+    async def _stop(self, process: prefork.Process) -> None:
         process.terminate()
         await self._ended(process)
 
-    async def _ended(self, process: subprocess.Popen[bytes]) -> None:
+    async def _ended(self, process: prefork.Process) -> None:
         async def gone() -> bool:
             return process.poll() is not None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import prefork
 from harness import ROOT
 
 from chaos.invariants import Edit
@@ -110,18 +110,10 @@ class Operators:
         raise CommandFailed(f"{' '.join(arguments[:2])}: {errors[-300:]}")
 
     async def _once(self, *arguments: str) -> tuple[int, str]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", *arguments, "--json", "--wait", "5",
-            env={**os.environ, **self.settings.dump(), **self.environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            _, errors = await process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-        assert process.returncode is not None
-        return process.returncode, errors.decode("utf-8", "replace")
+        path = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
+        environment = {**os.environ, **self.settings.dump(), **self.environment, "PYTHONPATH": path}
+        answer = await prefork.answer(["-m", "consumer", *arguments, "--json", "--wait", "5"], environment)
+        return answer.returncode, answer.stderr
 
 
 def settled(letters: Any) -> int:

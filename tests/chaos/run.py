@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
+import prefork
 from aiokafka import AIOKafkaProducer
 from harness import ROOT, WORKER_PASSWORD, new_topic, until
 
@@ -339,17 +341,12 @@ class Run:
 
         With the command that `consumer status` names.
         """
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--apply", "--handler", "late", "--json",
-            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        out, errors = await process.communicate()
-        if process.returncode not in (0, 1):
+        answer = await self._command("replay", "chaos.application:app", self._topic, "--apply", "--handler", "late")
+        if answer.returncode not in (0, 1):
             self._add(
                 {
                     "I6": [
-                        f"`replay --apply --handler late` ends with {process.returncode}: {(errors or out).decode()[-500:]}"
+                        f"`replay --apply --handler late` ends with {answer.returncode}: {(answer.stderr or answer.stdout)[-500:]}"
                     ]
                 }
             )
@@ -379,16 +376,18 @@ class Run:
             if code != 0:
                 self._add({"I11": [f"exit code {code} after SIGTERM"]})
 
+    async def _command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        path = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
+        environment = {**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": path}
+        return await prefork.answer(["-m", "consumer", *arguments, "--json"], environment)
+
     async def _replayed(self) -> None:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--json",
-            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        out, errors = await process.communicate()
-        if process.returncode != 0:
-            (self._directory / "replay.json").write_bytes(out)
-            self._add({"I6": [f"`consumer replay` ends with {process.returncode}: {(errors or out).decode()[-500:]}"]})
+        answer = await self._command("replay", "chaos.application:app", self._topic)
+        if answer.returncode != 0:
+            (self._directory / "replay.json").write_text(answer.stdout)
+            self._add(
+                {"I6": [f"`consumer replay` ends with {answer.returncode}: {(answer.stderr or answer.stdout)[-500:]}"]}
+            )
 
     def _logs(self, consumers: Consumers) -> None:
         for path in consumers.logs:

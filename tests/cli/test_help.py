@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,16 +30,18 @@ def _commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     ]
 
 
+TREE: Any = typer.main.get_command(whole())
+COMMANDS = _commands(TREE)
+
+
 def _command(path: tuple[str, ...]) -> Any:
-    command = typer.main.get_command(whole())
+    command = TREE
     for name in path:
-        command = command.commands[name]  # type: ignore[attr-defined]
+        command = command.commands[name]
     return command
 
 
-COMMANDS = _commands(typer.main.get_command(whole()))
-
-
+@cache
 def help_of(*command: str) -> str:
     result = CliRunner().invoke(whole(), [*command, "--help"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import prefork
 import pytest
 from effects_worker import app_of
 from harness import ROOT, Place, Sent, consume_all, query, until
@@ -65,7 +66,7 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
     provider.process.communicate()
 
 
-async def killed(process: subprocess.Popen[bytes]) -> None:
+async def killed(process: prefork.Process) -> None:
     async def gone() -> bool:
         return process.poll() is not None
 
@@ -89,9 +90,9 @@ async def test_every_order_is_charged_once_or_left_to_an_operator(
     mortal = [order["id"] for order in ORDERS + ASKING if "dies" in order]
     with (tmp_path / "log").open("ab") as log:
         while not all((tmp_path / name).exists() for name in mortal):
-            worker = [sys.executable, str(SUPPORT / "effects_worker.py"), *arguments]
+            worker = [SUPPORT / "effects_worker.py", *arguments]
             environment = {**clean, **settings.dump(), "PYTHONPATH": str(ROOT)}
-            await killed(subprocess.Popen(worker, env=environment, stderr=log))
+            await killed(prefork.start(worker, environment, log, stdout=log))
     await consume_all(app_of(*topics, arguments[2], provider.port, tmp_path, place.dsn), settings, 90)
 
     charges = provider.charges()

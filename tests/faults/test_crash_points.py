@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+import prefork
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from crash_worker import app_of
@@ -48,17 +47,15 @@ def messages(start: int = 0) -> list[Sent]:
     return payments
 
 
-def crashing(settings: Settings, topic: str, app: str, step: str, nth: int, log: Path) -> subprocess.Popen[bytes]:
+def crashing(settings: Settings, topic: str, app: str, step: str, nth: int, log: Path) -> prefork.Process:
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     with log.open("ab") as stderr:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "support" / "crash_worker.py"), topic, app, step, str(nth)],
-            env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
-            stderr=stderr,
-        )
+        program = [ROOT / "tests" / "support" / "crash_worker.py", topic, app, step, str(nth)]
+        environment = {**clean, **settings.dump(), "PYTHONPATH": str(ROOT)}
+        return prefork.start(program, environment, stderr, stdout=stderr)
 
 
-async def ended(process: subprocess.Popen[bytes]) -> int:
+async def ended(process: prefork.Process) -> int:
     async def gone() -> bool:
         return process.poll() is not None
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import prefork
 import pytest
 from crash_worker import app_of
 from harness import ROOT, Place, Sent, drained, query, until, value, working
@@ -47,18 +46,11 @@ class Zombie:
         self.log = directory / step
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         with self.log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    ROOT / "tests" / "support" / "crash_worker.py",
-                    topic,
-                    self.app.name,
-                    step,
-                    "1",
-                    "stop",
-                ],
-                env={**clean, **self.settings.dump(), "PYTHONPATH": str(ROOT)},
-                stderr=stderr,
+            self.process = prefork.start(
+                [ROOT / "tests" / "support" / "crash_worker.py", topic, self.app.name, step, "1", "stop"],
+                {**clean, **self.settings.dump(), "PYTHONPATH": str(ROOT)},
+                stderr,
+                stdout=stderr,
             )
 
     async def stopped(self) -> bool:

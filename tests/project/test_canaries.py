@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
 import uuid
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import asyncpg
 import redis.asyncio as redis
-from harness import WORKER_PASSWORD, Place, Sent, migrated, query, running, until, value
+from harness import ROOT, WORKER_PASSWORD, Place, Sent, consumer, migrated, query, running, until, value
 from services import Kafka
 
 from consumer.local_servers import Valkey
@@ -84,13 +85,15 @@ async def test_canaries_stay_where_they_belong(place: Place, kafka: Kafka, valke
         """What a command prints, on both streams."""
         number = next(numbers)
         cwd = tmp_path / str(number)
-        async with running(arguments, given, cwd, **environment) as command:
-            output, _ = await asyncio.to_thread(command.process.communicate, timeout=60)
-        assert code is None or command.process.returncode == code, (arguments, command.errors[-2000:])
-        texts[f"{arguments[0]} {arguments[1].removeprefix(ID)} #{number}"] = output + command.errors
-        return output
+        cwd.mkdir()
+        path = os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))
+        result = await asyncio.to_thread(consumer, cwd, *arguments, **given.dump(), **environment, PYTHONPATH=path)
+        assert code is None or result.returncode == code, (arguments, result.stderr[-2000:])
+        texts[f"{arguments[0]} {arguments[1].removeprefix(ID)} #{number}"] = result.stdout + result.stderr
+        return result.stdout
 
-    async with running(["run", "canary_app:app", "--workers", "2"], settings, tmp_path / "run", **environment) as run:
+    command = ["run", "canary_app:app", "--workers", "2"]
+    async with running(command, settings, tmp_path / "run", forked=False, **environment) as run:
 
         async def settled() -> bool:
             rows = await query(place.dsn, "select sum(next_offset) from consumer.positions where app = $1", name)

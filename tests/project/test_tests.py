@@ -154,3 +154,9 @@ def test_chaos_mutant_replaces_something_that_exists(name: str) -> None:
 def test_verdict_mutant_replaces_something_that_exists(name: str) -> None:
     with broken_verdicts(name) as replacements:
         assert replacements
+
+
+def test_files_that_begin_first_exist() -> None:
+    files = [line for line in (TESTS / "long_files.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    assert len(files) == len(set(files))
+    assert [file for file in files if not (TESTS / file).is_file()] == []

@@ -9,14 +9,13 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
+import prefork
 import pytest
 from harness import (
     ROOT,
@@ -178,11 +177,8 @@ async def test_workers_killed_between_commits_of_two_servers_double_nothing(shar
     for step, nth in (("committed", 1), ("before_commit", 3), ("committed", 4)):
         # Dead after one shard's COMMIT, and before the one that the other shard's lane has prepared meanwhile.
         with (tmp_path / "log").open("ab") as log:
-            worker = subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "support" / "shard_app.py", step, str(nth)],
-                env=environment,
-                stderr=log,
-            )
+            program = [ROOT / "tests" / "support" / "shard_app.py", step, str(nth)]
+            worker = prefork.start(program, environment, log, stdout=log)
         assert await asyncio.to_thread(worker.wait, 60) == -signal.SIGKILL
         partial.append([len(await shards.paid(name)) for name in NAMES])
     assert sum(partial[0]) > 0 and 0 in partial[0]  # one shard has committed, the other one not yet

@@ -120,11 +120,13 @@ async def until(what: str, condition: Callable[[], Awaitable[Any]], seconds: flo
     """
     deadline = time.monotonic() + seconds
     while True:
+        begun = time.monotonic()
         value = await condition()
         if value:
             return value
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        await asyncio.sleep(0.05)
+        # The longer it takes to look, the less often: what is waited for needs the CPU.
+        await asyncio.sleep(max(0.05, min(2 * (time.monotonic() - begun), 0.5)))
 
 
 class Sent:
@@ -268,29 +270,47 @@ class Place:
         return [letter["reason"] for letter in dead_letters]
 
 
+# What the interpreter, typer and rich read before a command begins: it cannot be set for a fork.
+AT_START = re.compile(r"PYTHON(?!PATH)|COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|LANG|LC_|COV_")
+
+
 class Command:
-    """A `consumer` command as a process, with its log lines."""
+    """A `consumer` command as a process, with its log lines.
+
+    It is a fork, unless a test looks at what only a new program has: its command line and first environment.
+    """
 
     def __init__(
-        self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}
+        self,
+        arguments: Sequence[str],
+        settings: Settings,
+        cwd: Path,
+        environment: Mapping[str, str] = {},
+        forked: bool = True,
     ) -> None:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         self._log = cwd / "stderr.log"
+        program = ["-m", "consumer", *arguments]
+        every = {
+            **clean,
+            **settings.dump(),
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "support", cwd])),
+            **environment,
+        }
+        self.process: subprocess.Popen[str] | prefork.Process
         with self._log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "consumer", *arguments],
-                cwd=cwd,
-                env={
-                    **clean,
-                    **settings.dump(),
-                    "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "support", cwd])),
-                    **environment,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+            if forked and not any(AT_START.match(name) for name in environment):
+                self.process = prefork.start(program, every, stderr, cwd=cwd)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, *program],
+                    cwd=cwd,
+                    env=every,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                )
 
     def events(self) -> list[dict[str, Any]]:
         """What was logged so far, as JSON lines."""
@@ -332,11 +352,11 @@ class Command:
 
 @asynccontextmanager
 async def running(
-    arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
+    arguments: Sequence[str], settings: Settings, cwd: Path, *, forked: bool = True, **environment: str
 ) -> AsyncIterator[Command]:
     """Run a command, and end it at the end of the block."""
     cwd.mkdir(exist_ok=True)
-    command = Command(arguments, settings, cwd, environment)
+    command = Command(arguments, settings, cwd, environment, forked)
     try:
         yield command
     finally:
@@ -344,8 +364,6 @@ async def running(
 
 
 Result = subprocess.CompletedProcess[str]
-# What the interpreter, typer and rich read before a command begins: it cannot be set for a fork.
-AT_START = re.compile(r"PYTHON(?!PATH)|COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|LANG|LC_|COV_")
 
 
 def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
@@ -353,7 +371,7 @@ def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     every = {**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment}
     if not any(AT_START.match(name) for name in environment):
-        return prefork.run(arguments, cwd, every, 60)
+        return prefork.run(["-m", "consumer", *arguments], cwd, every, 60)
     return subprocess.run(
         [sys.executable, "-m", "consumer", *arguments],
         cwd=cwd,

@@ -1,16 +1,19 @@
-"""Runs `consumer` commands as forks of a process that has imported them.
+"""Runs commands and workers as forks of a process that has imported them.
 
-A command imports for half a second of CPU time, and the tests run hundreds. A fork has its own arguments, environment,
+Each would import for half a second of CPU time, and the tests run hundreds. A fork has its own arguments, environment,
 working directory, output and exit code, and ends like any interpreter. Limitations: what is decided while modules are
-imported (the width of help texts) is decided by the environment of the server.
+imported (the width of help texts) is decided by the environment of the server, and `ps` shows the server's command line.
 """
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -18,55 +21,125 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import IO, Any, TextIO
 
 _BYTES_MAX = 200_000  # of a request: an environment, mostly
 
 
+class Process:
+    """A forked command; what tests use of `subprocess.Popen`.
+
+    stdout: its output as text, if it was started without a file for it.
+    """
+
+    def __init__(
+        self, program: Sequence[str], cwd: Path, environment: Mapping[str, str], stdout: int | None, stderr: int
+    ) -> None:
+        self.args = list(program)
+        self.returncode: int | None = None
+        self.stdout: TextIO | None = None
+        self._lock = threading.Lock()
+        request = json.dumps([self.args, str(cwd), dict(environment)]).encode()
+        assert len(request) < _BYTES_MAX
+        self._answers, answering = os.pipe()
+        opened = [answering]
+        if stdout is None:
+            reading, stdout = os.pipe()
+            opened.append(stdout)
+            self.stdout = os.fdopen(reading, "r")
+        socket.send_fds(_server(), [request], [stdout, stderr, answering])
+        for file in opened:
+            os.close(file)
+        self.pid = int.from_bytes(os.read(self._answers, 8), "little")
+
+    def __del__(self) -> None:
+        os.close(self._answers)
+
+    def poll(self) -> int | None:
+        return self._exit_code(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._exit_code(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def _exit_code(self, seconds: float | None) -> int | None:
+        if self.returncode is None and self._has_ended(seconds):
+            with self._lock:
+                if self.returncode is None:
+                    code = os.read(self._answers, 8)
+                    assert len(code) == 8, "the process that waits for a command was killed"
+                    self.returncode = int.from_bytes(code, "little", signed=True)
+        return self.returncode
+
+    def _has_ended(self, seconds: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    program: Sequence[str | Path],
+    environment: Mapping[str, str],
+    stderr: IO[Any],
+    *,
+    cwd: Path | None = None,
+    stdout: IO[Any] | None = None,
+) -> Process:
+    """Start `python PROGRAM…`, which is a path or `-m` and a module, and arguments.
+
+    Without `stdout` its output goes to a pipe.
+    """
+    files = None if stdout is None else stdout.fileno(), stderr.fileno()
+    return Process([str(part) for part in program], cwd or Path.cwd(), environment, *files)
+
+
 def run(
-    arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
+    program: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `consumer ARGUMENTS…` to its end.
+    """Run `python PROGRAM…` to its end.
 
     Returns a `subprocess.CompletedProcess` with its output as text.
     """
-    request = json.dumps([list(arguments), str(cwd), dict(environment)]).encode()
-    assert len(request) < _BYTES_MAX
-    answer, answering = os.pipe()
-    with (
-        tempfile.TemporaryFile() as stdout,
-        tempfile.TemporaryFile() as stderr,
-        os.fdopen(answer, "rb", buffering=0) as answers,
-    ):
-        socket.send_fds(_server(), [request], [stdout.fileno(), stderr.fileno(), answering])
-        os.close(answering)
-        pid = int.from_bytes(answers.read(8), "little")
-        signal_after = _Alarm(pid, seconds)
-        code = int.from_bytes(answers.read(8), "little", signed=True)
-        signal_after.cancel()
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = start(program, environment, stderr, cwd=cwd, stdout=stdout)
+        try:
+            code = process.wait(seconds)
+        finally:
+            process.kill()
         outputs = [Path(f"/proc/self/fd/{file.fileno()}").read_bytes().decode() for file in (stdout, stderr)]
-    if signal_after.went_off:
-        raise subprocess.TimeoutExpired(list(arguments), seconds)
-    return subprocess.CompletedProcess(list(arguments), code, *outputs)
+    return subprocess.CompletedProcess(list(program), code, *outputs)
 
 
-class _Alarm:
-    """Kills a command that does not end in time."""
-
-    def __init__(self, pid: int, seconds: float) -> None:
-        self.went_off = False
-        self._pid = pid
-        self._timer = threading.Timer(seconds, self._kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def _kill(self) -> None:
-        self.went_off = True
-        os.kill(self._pid, signal.SIGKILL)
+async def answer(
+    program: Sequence[str], environment: Mapping[str, str], *, cwd: Path | None = None, seconds: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `python PROGRAM…` to its end, or until this is cancelled."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = start(program, environment, stderr, cwd=cwd, stdout=stdout)
+        try:
+            async with asyncio.timeout(seconds):
+                while (code := process.poll()) is None:  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.02)
+        finally:
+            process.kill()
+        outputs = [Path(f"/proc/self/fd/{file.fileno()}").read_bytes().decode() for file in (stdout, stderr)]
+    return subprocess.CompletedProcess(list(program), code, *outputs)
 
 
 @cache
@@ -110,28 +183,37 @@ def _serve(requests: socket.socket) -> tuple[list[str], str, dict[str, str]] | N
             os.dup2(stderr, 2)
             for file in files:
                 os.close(file)
-            arguments, cwd, environment = json.loads(request)
-            return arguments, cwd, environment
+            program, cwd, environment = json.loads(request)
+            return program, cwd, environment
         os.write(answers, command.to_bytes(8, "little"))
         _, status = os.waitpid(command, 0)
-        os.write(answers, os.waitstatus_to_exitcode(status).to_bytes(8, "little", signed=True))
+        with suppress(BrokenPipeError):  # nobody waits any more
+            os.write(answers, os.waitstatus_to_exitcode(status).to_bytes(8, "little", signed=True))
         os._exit(0)
 
 
-def _be(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
-    """Become `python -m consumer ARGUMENTS…`."""
+def _be(program: list[str], cwd: str, environment: dict[str, str]) -> None:
+    """Become `python PROGRAM…`."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[0] = cwd  # it was the folder of this file
     sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.argv[1:] = arguments
-    runpy.run_module("consumer", run_name="__main__", alter_sys=True)
+    if program[0] == "-m":
+        sys.path[0] = cwd  # it was the folder of this file
+        sys.argv[1:] = program[2:]
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(program[0]).parent)
+        sys.argv[:] = program
+        runpy.run_path(program[0], run_name="__main__")
 
 
 if __name__ == "__main__":
     import consumer.cli.main
+    import consumer.worker.process
+    import consumer.worker.supervisor
 
     consumer.cli.main.whole()
+    gc.freeze()  # or the end of a fork looks at every object once more, which is most of its CPU time
     if (wanted := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         _be(*wanted)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import prefork
 from crash_worker import CrashAt, after_sending, stop_itself
 from harness import ROOT
 from replacing import replace
@@ -38,16 +38,13 @@ def app_of(topic: str, out: str, name: str) -> App:
 
 def started(
     settings: Settings, topic: str, out: str, app: str, step: str, nth: int, log: Path, *more: str
-) -> subprocess.Popen[bytes]:
+) -> prefork.Process:
     """Start it as a process that logs to a file."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     script = str(Path(__file__))
     with log.open("ab") as stderr:
-        return subprocess.Popen(
-            [sys.executable, script, topic, out, app, step, str(nth), *more],
-            env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
-            stderr=stderr,
-        )
+        program = [script, topic, out, app, step, str(nth), *more]
+        return prefork.start(program, {**clean, **settings.dump(), "PYTHONPATH": str(ROOT)}, stderr, stdout=stderr)
 
 
 def main() -> None:

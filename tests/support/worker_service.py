@@ -31,10 +31,12 @@ class Service:
         command = [*RUN, "--workers", str(workers)]
         return running(command, self.settings, self.directory / name, **environment)
 
-    def run_with(self, *arguments: str, **environment: str) -> AbstractAsyncContextManager[Command]:
+    def run_with(
+        self, *arguments: str, forked: bool = True, **environment: str
+    ) -> AbstractAsyncContextManager[Command]:
         """Run with more arguments and another environment."""
         environment = {"TEST_APP": self.name, "TEST_TOPIC": self.topic, **environment}
-        return running([*RUN, *arguments], self.settings, self.directory / "run", **environment)
+        return running([*RUN, *arguments], self.settings, self.directory / "run", forked=forked, **environment)
 
     @property
     def app(self) -> App:

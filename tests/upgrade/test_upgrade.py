@@ -122,7 +122,8 @@ class Versions:
     def run(self, version: int) -> AbstractAsyncContextManager[Command]:
         settings = settings_for(as_worker(self.dsn), self.kafka, None)
         cwd = self.directory / f"run-{version}"
-        return running(["run", "upgrade_app:app"], settings, cwd, **self.environment(version))
+        # A fork has this version's modules.
+        return running(["run", "upgrade_app:app"], settings, cwd, forked=False, **self.environment(version))
 
     async def send(self, first: int, end: int) -> None:
         """Send payments, a tenth of them twice."""

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import asyncpg
+import prefork
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from chaos.rig import Consumers
 from harness import ROOT, Command
@@ -226,23 +226,14 @@ class Unrest:
 
         Of the repaired application. False where there was nothing to do.
         """
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", *arguments, "--json",
-            env={**os.environ, **self._settings.dump(), **self.environment, "LIVE_MENDED": "1", **environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            _, errors = await process.communicate()
-        except BaseException:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        text = errors.decode("utf-8", "replace")
+        path = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
+        own = {**self._settings.dump(), **self.environment, "LIVE_MENDED": "1", **environment, "PYTHONPATH": path}
+        answer = await prefork.answer(["-m", "consumer", *arguments, "--json"], {**os.environ, **own})
+        text = answer.stderr
         if "is settled" in text or "not open" in text or "no letter" in text:
             return False
-        if process.returncode not in (0, 1):
-            raise RuntimeError(f"{' '.join(arguments[:2])}: exit code {process.returncode}: {text[-400:]}")
+        if answer.returncode not in (0, 1):
+            raise RuntimeError(f"{' '.join(arguments[:2])}: exit code {answer.returncode}: {text[-400:]}")
         return None
 
     _KINDS: ClassVar[dict[str, Callable[[Unrest], Awaitable[bool | None]]]] = {
