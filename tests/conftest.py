@@ -157,7 +157,7 @@ def migrated_template(postgres: Postgres) -> str:
 @pytest.fixture
 async def place(kafka: Kafka, postgres: Postgres, migrated_template: str, redis_url: str) -> AsyncIterator[Place]:
     """The services, with the ledger and the tables of harness.TABLES."""
-    async with _database(postgres, f"template {migrated_template}") as dsn:
+    async with _database(postgres, f"template {migrated_template} strategy file_copy") as dsn:
         await query(dsn, _AS_IF_MIGRATED_NOW)
         yield Place(kafka.bootstrap_servers, dsn, redis_url)
 

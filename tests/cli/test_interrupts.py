@@ -122,7 +122,7 @@ def test_package_imports_nothing_before_a_name_is_used() -> None:
 
 def test_tests_that_press_ctrl_c_pass_where_sigint_is_ignored() -> None:
     tests = [
-        "tests/cli/test_dlq_command.py::test_question_ends_at_once_when_interrupted[retry]",
+        "tests/cli/test_interrupts.py::test_ctrl_c_at_any_moment_is_one_line[status-module]",
         "tests/demo/test_demo.py::test_ended_early_it_leaves_nothing[2]",
     ]
     result = subprocess.run(

@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncpg
 import redis.asyncio as redis
-from harness import ROOT, WORKER_PASSWORD, Place, Sent, consumer, migrated, query, running, until, value
+from harness import ROOT, WORKER_PASSWORD, Place, Sent, consumer, migrated, query, running_program, until, value
 from services import Kafka
 
 from consumer.local_servers import Valkey
@@ -93,7 +93,7 @@ async def test_canaries_stay_where_they_belong(place: Place, kafka: Kafka, valke
         return result.stdout
 
     command = ["run", "canary_app:app", "--workers", "2"]
-    async with running(command, settings, tmp_path / "run", forked=False, **environment) as run:
+    async with running_program(command, settings, tmp_path / "run", **environment) as run:
 
         async def settled() -> bool:
             rows = await query(place.dsn, "select sum(next_offset) from consumer.positions where app = $1", name)

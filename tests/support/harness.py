@@ -331,7 +331,8 @@ class Command:
     async def wait(self, seconds: float = 40) -> int:
         """Its exit code."""
         await until("the command to end", self._ended, seconds)
-        return int(self.process.returncode)
+        assert self.process.returncode is not None
+        return self.process.returncode
 
     async def _ended(self) -> bool:
         return self.process.poll() is not None
@@ -352,11 +353,24 @@ class Command:
 
 @asynccontextmanager
 async def running(
-    arguments: Sequence[str], settings: Settings, cwd: Path, *, forked: bool = True, **environment: str
+    arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
 ) -> AsyncIterator[Command]:
     """Run a command, and end it at the end of the block."""
     cwd.mkdir(exist_ok=True)
-    command = Command(arguments, settings, cwd, environment, forked)
+    command = Command(arguments, settings, cwd, environment)
+    try:
+        yield command
+    finally:
+        command.end()
+
+
+@asynccontextmanager
+async def running_program(
+    arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
+) -> AsyncIterator[Command]:
+    """Run a command that is no fork, as `running` does."""
+    cwd.mkdir(exist_ok=True)
+    command = Command(arguments, settings, cwd, environment, forked=False)
     try:
         yield command
     finally:

@@ -94,7 +94,7 @@ class Process:
 
 
 def start(
-    program: Sequence[str | Path],
+    program: Sequence[object],
     environment: Mapping[str, str],
     stderr: IO[Any],
     *,

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-from harness import Command, Place, Sent, drained, running, until
+from harness import Command, Place, Sent, drained, running, running_program, until
 from payments_app import payment
 
 from consumer import App, Tx
@@ -31,12 +31,10 @@ class Service:
         command = [*RUN, "--workers", str(workers)]
         return running(command, self.settings, self.directory / name, **environment)
 
-    def run_with(
-        self, *arguments: str, forked: bool = True, **environment: str
-    ) -> AbstractAsyncContextManager[Command]:
-        """Run with more arguments and another environment."""
+    def run_with(self, *arguments: str, **environment: str) -> AbstractAsyncContextManager[Command]:
+        """Run with more arguments and another environment, as a program of its own: no fork."""
         environment = {"TEST_APP": self.name, "TEST_TOPIC": self.topic, **environment}
-        return running([*RUN, *arguments], self.settings, self.directory / "run", forked=forked, **environment)
+        return running_program([*RUN, *arguments], self.settings, self.directory / "run", **environment)
 
     @property
     def app(self) -> App:

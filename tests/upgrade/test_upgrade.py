@@ -29,7 +29,7 @@ from harness import (
     new_topic,
     produce,
     query,
-    running,
+    running_program,
     settings_for,
     until,
     value,
@@ -123,7 +123,7 @@ class Versions:
         settings = settings_for(as_worker(self.dsn), self.kafka, None)
         cwd = self.directory / f"run-{version}"
         # A fork has this version's modules.
-        return running(["run", "upgrade_app:app"], settings, cwd, forked=False, **self.environment(version))
+        return running_program(["run", "upgrade_app:app"], settings, cwd, **self.environment(version))
 
     async def send(self, first: int, end: int) -> None:
         """Send payments, a tenth of them twice."""

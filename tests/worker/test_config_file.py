@@ -23,7 +23,7 @@ async def test_workers_get_the_file_and_the_secret(place: Place, tmp_path: Path)
     )
     absent = {f"CONSUMER_{name}": "" for name in ("WORKERS", "POSTGRES_DSN", "KAFKA_BOOTSTRAP_SERVERS")}
     await place.send(service.topic, *(message(f"m{number}", number, partition=number % 2) for number in range(10)))
-    async with service.run_with("--config", "settings.toml", forked=False, **absent) as run:
+    async with service.run_with("--config", "settings.toml", **absent) as run:
         await service.opened(run, partitions=2, workers=2)
         pids = [run.process.pid, *run.worker_pids().values()]
         assert len(pids) == 3
