@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Command, Place, Sent, query, running, until, value
+from harness import ROOT, Command, Place, Sent, query, running_program, until, value
 
 APP = """
 import asyncio, os, pathlib, signal, subprocess, sys, time
@@ -83,7 +83,7 @@ class Service:
 
     def run(self) -> Any:
         environment = {"PYTHONPATH": f"{self.directory}:{ROOT}"}
-        return running(["run", f"{self.module}:app"], self.settings, self.directory / "run", **environment)
+        return running_program(["run", f"{self.module}:app"], self.settings, self.directory / "run", **environment)
 
     def children(self) -> list[int]:
         file = self.directory / "run" / "children"
