@@ -59,7 +59,7 @@ _LONG_FILES = [line for line in (Path(__file__).parent / "long_files.txt").read_
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files that take long or have many tests, where several processes share the work."""
+    """Begin with the longest files, if processes share the work."""
     if hasattr(config, "workerinput"):
         tests = Counter(item.path for item in items)
         places = {config.rootpath / "tests" / file: place for place, file in enumerate(_LONG_FILES)}

@@ -1,8 +1,9 @@
-"""Runs commands and workers as forks of a process that has imported them.
+"""Runs commands and workers as forks of one process.
 
-Each would import for half a second of CPU time, and the tests run hundreds. A fork has its own arguments, environment,
-working directory, output and exit code, and ends like any interpreter. Limitations: what is decided while modules are
-imported (the width of help texts) is decided by the environment of the server, and `ps` shows the server's command line.
+It has imported what they need: each would import for half a second of CPU time, and the tests run hundreds. A fork has
+its own arguments, environment, working directory, output and exit code, and ends like any interpreter. Limitations: what
+is decided while modules are imported (the width of help texts) is decided by the environment of the server, and `ps`
+shows the server's command line.
 """
 
 from __future__ import annotations
@@ -101,9 +102,9 @@ def start(
     cwd: Path | None = None,
     stdout: IO[Any] | None = None,
 ) -> Process:
-    """Start `python PROGRAM…`, which is a path or `-m` and a module, and arguments.
+    """Start `python PROGRAM…`.
 
-    Without `stdout` its output goes to a pipe.
+    A program is a path, or `-m` and a module, and its arguments. Without `stdout` its output goes to a pipe.
     """
     files = None if stdout is None else stdout.fileno(), stderr.fileno()
     return Process([str(part) for part in program], cwd or Path.cwd(), environment, *files)
@@ -187,7 +188,7 @@ def _serve(requests: socket.socket) -> tuple[list[str], str, dict[str, str]] | N
             return program, cwd, environment
         os.write(answers, command.to_bytes(8, "little"))
         _, status = os.waitpid(command, 0)
-        with suppress(BrokenPipeError):  # nobody waits any more
+        with suppress(BrokenPipeError):  # what started it is gone
             os.write(answers, os.waitstatus_to_exitcode(status).to_bytes(8, "little", signed=True))
         os._exit(0)
 

@@ -32,7 +32,7 @@ class Service:
         return running(command, self.settings, self.directory / name, **environment)
 
     def run_with(self, *arguments: str, **environment: str) -> AbstractAsyncContextManager[Command]:
-        """Run with more arguments and another environment, as a program of its own: no fork."""
+        """Run a program, no fork, with more arguments and variables."""
         environment = {"TEST_APP": self.name, "TEST_TOPIC": self.topic, **environment}
         return running_program([*RUN, *arguments], self.settings, self.directory / "run", **environment)
 
