@@ -174,6 +174,10 @@ async def test_doubtful_differences_are_no_faults(place: Place) -> None:
     mixed = await proof(place, app, topic)
     assert mixed.verdict().exit_code == 2 and counts(mixed)["extra"] == 1
     assert f"messages of {other}" in mixed.answer()
+    assert "edited value" not in mixed.answer()
+    edit = "insert into consumer.audit (app, operator, action, result) values ($1, 'ann', 'dlq edit', 'applied') returning 1"
+    await query(place.dsn, edit, app.name)
+    assert "1 dead letter applied with an edited value" in (await proof(place, app, topic)).answer()
 
 
 @pytest.mark.parametrize("how", ["drawn", "order"])
