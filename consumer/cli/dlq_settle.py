@@ -35,7 +35,7 @@ Letters = Annotated[
 ]  # fmt: skip
 
 
-@command(dlq, "retry", (*POSTGRES, "dead_letter_topic", "wait_", "log_"))
+@command(dlq, "retry", (*POSTGRES, "schema_registry_", "dead_letter_topic", "wait_", "log_"))
 def dlq_retry(
     app: AppPath,
     settings: Settings,

@@ -23,6 +23,7 @@ _HEADINGS = (
     ("postgres_", "PostgreSQL"),
     ("redis_", "Redis"),
     ("precheck_", "Redis"),
+    ("schema_registry_", "Schema registry"),
     ("ledger_", "Ledger"),
     ("dead_letter_", "Dead letters"),
     ("outbox_", "Outbox"),

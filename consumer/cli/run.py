@@ -37,6 +37,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "outbox_",
         "redis_",
         "precheck_",
+        "schema_registry_",
         "allow_",
         "http",
         "tracing",

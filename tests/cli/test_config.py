@@ -23,7 +23,14 @@ pytestmark = pytest.mark.unit
 
 SECRET = "pa55-w0rd"
 DSN = f"postgresql://bob:{SECRET}@host/x"
-SECRETS = ["console_proxy_secret", "kafka_sasl_password", "postgres_dsn", "redis_url"]
+SECRETS = [
+    "console_proxy_secret",
+    "kafka_sasl_password",
+    "postgres_dsn",
+    "redis_url",
+    "schema_registry_password",
+    "schema_registry_token",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ def test_help_of_run_shows_every_setting_under_a_heading() -> None:
         "Kafka",
         "PostgreSQL",
         "Redis",
+        "Schema registry",
         "Ledger",
         "Dead letters",
         "Outbox",
