@@ -62,7 +62,9 @@ def check_option(option: object) -> None:
             f"decode={option!r}: not understood; give a decoder such as CloudEvents(), or a plain function of the record"
         )
     if inspect.iscoroutinefunction(option):
-        raise RegistrationError("decode= must not wait: give a plain function of the record, not an `async def` one")
+        raise RegistrationError(
+            "decode=: an `async def` function, and decoding must not wait; give a plain function of the record"
+        )
 
 
 def is_json(option: object) -> bool:
@@ -125,9 +127,9 @@ def check_envelope(declared: type[Envelope] | None, decoded: type[Envelope] | No
         assert declared is not None
         by = declared.decoded_by
         raise RegistrationError(
-            f"{declared.__name__}[T] is what {by} decodes to; add decode={by}, from consumer.decoders"
+            f"{declared.__name__}[T]: what {by} decodes to; add decode={by}, from consumer.decoders"
         )
-    raise RegistrationError(f"decode={name}() decodes to {decoded.__name__}[T]; annotate the payload with that")
+    raise RegistrationError(f"decode={name}(): decodes to {decoded.__name__}[T]; annotate the payload with that")
 
 
 def envelope_in(declared: Any) -> type[Envelope] | None:

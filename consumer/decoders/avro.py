@@ -88,7 +88,7 @@ class RegistryCodec:
     def reading(self, record: Record) -> tuple[Any, bytes]:
         """Return the compiled schema of a record, and what it describes.
 
-        Raises Unfit, and SchemaMissing where the schema was not fetched.
+        Raises Unfit, and SchemaNotFetched where the schema was not fetched.
         """
         body = payload(record)
         key = schema_key(record)

@@ -28,7 +28,7 @@ _LOG_SECONDS = 30.0
 _UNKNOWN_MAX = 10_000  # ids kept as unknown
 
 
-class SchemaMissing(RunAgain):
+class SchemaNotFetched(RunAgain):
     """A value was decoded before its schema was fetched.
 
     It is decoded again.
@@ -69,7 +69,7 @@ class Registry:
     def schema(self, key: SchemaKey) -> Schema:
         """Return a schema that was fetched.
 
-        Raises Unfit for one that the registry does not know, and SchemaMissing.
+        Raises Unfit for one that the registry does not know, and SchemaNotFetched.
         """
         schema = self._schemas.get(key)
         if schema is not None:
@@ -79,7 +79,7 @@ class Registry:
                 f"schema {key} is unknown to the registry; register it, or check that CONSUMER_SCHEMA_REGISTRY_URL is the "
                 "producer's registry, then retry"
             )
-        raise SchemaMissing(f"schema {key} is not fetched yet")
+        raise SchemaNotFetched(f"schema {key} is not fetched yet")
 
     async def fetch(self, keys: Iterable[SchemaKey], seconds: float) -> bool:
         """Fetch schemas; return whether all are settled after so many seconds.

@@ -217,12 +217,10 @@ def _authorization(settings: Settings) -> dict[str, str]:
         settings.schema_registry_token,
     )
     if token is not None and user is not None:
-        raise Misconfigured(
-            "CONSUMER_SCHEMA_REGISTRY_TOKEN and CONSUMER_SCHEMA_REGISTRY_USERNAME exclude each other; unset one"
-        )
+        raise Misconfigured("CONSUMER_SCHEMA_REGISTRY_TOKEN: excludes CONSUMER_SCHEMA_REGISTRY_USERNAME; unset one")
     if (user is None) != (password is None):
         raise Misconfigured(
-            "CONSUMER_SCHEMA_REGISTRY_USERNAME and CONSUMER_SCHEMA_REGISTRY_PASSWORD go together; set both, or neither"
+            "CONSUMER_SCHEMA_REGISTRY_USERNAME: goes with CONSUMER_SCHEMA_REGISTRY_PASSWORD; set both, or neither"
         )
     if token is not None:
         return {"Authorization": f"Bearer {token.get_secret_value()}"}

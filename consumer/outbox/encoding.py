@@ -45,7 +45,7 @@ def encode_function(option: Any) -> EncodeFunction | None:
         )
     if inspect.iscoroutinefunction(function):
         raise RegistrationError(
-            "encode= must not wait: give a plain function of the topic and the value, not an `async def` one"
+            "encode=: an `async def` function, and encoding must not wait; give a plain function of the topic and the value"
         )
     return function
 

@@ -22,9 +22,9 @@ async def check_topics(app: App, settings: Settings, lifetime: Lifetime, log: Lo
 
     Waits for Kafka until the worker stops. Raises Misconfigured for a topic that does not exist or may not be written to.
     """
-    places = {topic: f"App({app.name!r}, publishes=[...]): the topic {topic!r}" for topic in app.publishes}
+    places = {topic: f"App({app.name!r}, publishes=[{topic!r}])" for topic in app.publishes}
     if settings.dead_letter_topic is not None:
-        places[settings.dead_letter_topic] = f"--dead-letter-topic {settings.dead_letter_topic}: that topic"
+        places[settings.dead_letter_topic] = f"--dead-letter-topic {settings.dead_letter_topic}"
     while places and not lifetime.is_stopping:
         try:
             configs = await topic_configs(settings, list(places))
@@ -35,9 +35,11 @@ async def check_topics(app: App, settings: Settings, lifetime: Lifetime, log: Lo
             continue
         for topic, place in places.items():
             if topic not in configs:
-                raise Misconfigured(f"{place} does not exist; have it created, or do not declare it")
+                raise Misconfigured(f"{place}: the topic does not exist; have it created, or do not declare it")
             if topic in refused:
-                raise Misconfigured(f"{place} may not be written to; give this Kafka user the right Write on it")
+                raise Misconfigured(
+                    f"{place}: the topic may not be written to; give this Kafka user the right Write on it"
+                )
         for topic in app.publishes:
             limit = (configs[topic] or {}).get("max.message.bytes")
             app.publishes[topic] = int(limit) if limit else RECORD_BYTES_MAX

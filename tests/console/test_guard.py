@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from asgi_client import ask
 from console_client import NOWHERE, Operator, small_app, text_of
+from pydantic import SecretStr
 
 from consumer import Misconfigured, Settings
 from consumer.console.auth import ByFunction, ByProxy, auth_of
@@ -199,6 +200,6 @@ def test_addresses_that_are_refused(options: dict[str, Any], more: dict[str, Any
 def test_addresses_that_are_served() -> None:
     assert ConsoleOptions().address(settings()) == ("127.0.0.1", 9465)
     assert ConsoleOptions(listen="[::1]:0").address(settings()) == ("::1", 0)
-    open_to_others = settings(allow_insecure="http", console_proxy_secret=SECRET)
+    open_to_others = settings(allow_insecure="http", console_proxy_secret=SecretStr(SECRET))
     assert ConsoleOptions(listen="0.0.0.0:1", auth="proxy").address(open_to_others) == ("0.0.0.0", 1)
     assert ConsoleOptions(auth="proxy").hosts("127.0.0.1", 9465) is None

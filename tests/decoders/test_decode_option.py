@@ -202,12 +202,12 @@ async def waiting(record: Record) -> Any: ...
     [
         (7, Struct, "decode=7: not understood; give a decoder such as CloudEvents()"),
         (CloudEvents, CloudEvent[Struct], "decode=CloudEvents: a class; write decode=CloudEvents()"),
-        (waiting, Struct, "decode= must not wait"),
+        (waiting, Struct, "decoding must not wait"),
         (None, CloudEvent[Struct], "add decode=CloudEvents(), from consumer.decoders"),
         (None, Change[Struct] | None, "add decode=Debezium(), from consumer.decoders"),
         (lambda record: 1, CloudEvent[Struct], "add decode=CloudEvents(), from consumer.decoders"),
-        (CloudEvents(), Struct, "decode=CloudEvents() decodes to CloudEvent[T]; annotate the payload with that"),
-        (Debezium(), Struct, "decode=Debezium() decodes to Change[T]; annotate the payload with that"),
+        (CloudEvents(), Struct, "decode=CloudEvents(): decodes to CloudEvent[T]; annotate the payload with that"),
+        (Debezium(), Struct, "decode=Debezium(): decodes to Change[T]; annotate the payload with that"),
         (Debezium(), Change[Struct], "annotate Change[Struct] | None, and return for None"),
         (CloudEvents(), CloudEvent[complex], "annotate another type"),
     ],
@@ -224,7 +224,7 @@ def test_a_usual_mistake_gets_one_line_that_says_what_to_write(option: Any, decl
         ({"decode": 7}, "App('shop'): decode=7: not understood"),
         ({"encode": 7}, "App('shop'): encode=7: not understood"),
         ({"encode": CloudEvents}, "write encode=CloudEvents()"),
-        ({"encode": waiting}, "encode= must not wait"),
+        ({"encode": waiting}, "encoding must not wait"),
     ],
 )
 def test_an_app_checks_its_options(options: dict[str, Callable[..., Any]], says: str) -> None:

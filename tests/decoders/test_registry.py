@@ -96,8 +96,11 @@ def test_a_registry_without_descriptors_of_protobuf_is_named() -> None:
         ({"url": "registry:8081"}, "no http or https address; write https://host:port"),
         ({"url": "https://key:secret@registry"}, "holds a user; write it to CONSUMER_SCHEMA_REGISTRY_USERNAME"),
         ({"url": "http://registry.example:8081"}, "or allow it with CONSUMER_ALLOW_INSECURE=registry"),
-        ({"url": "https://r", "username": "a"}, "CONSUMER_SCHEMA_REGISTRY_PASSWORD go together; set both, or neither"),
-        ({"url": "https://r", "username": "a", "password": "b", "token": "c"}, "exclude each other; unset one"),
+        ({"url": "https://r", "username": "a"}, "goes with CONSUMER_SCHEMA_REGISTRY_PASSWORD; set both, or neither"),
+        (
+            {"url": "https://r", "username": "a", "password": "b", "token": "c"},
+            "excludes CONSUMER_SCHEMA_REGISTRY_USERNAME; unset one",
+        ),
         ({"url": "https://r", "ca_file": "/nowhere"}, "CONSUMER_SCHEMA_REGISTRY_CA_FILE: it cannot be used"),
     ],
 )

@@ -270,7 +270,7 @@ async def test_a_declared_topic_that_does_not_exist_is_refused_at_start(place: P
     @app.handler(topic)
     async def forward(entry: dict[str, Any], tx: Tx) -> None: ...
 
-    with pytest.raises(Misconfigured, match="the topic 'not-there' does not exist; have it created"):
+    with pytest.raises(Misconfigured, match=r"publishes=\['not-there'\]\): the topic does not exist; have it created"):
         await Worker(app, place.settings()).run()
 
 

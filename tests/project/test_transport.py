@@ -339,7 +339,8 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
     publishing = App(app.name, publishes=[closed])
     publishing.handler(topic)(app.handlers["settle"].function)
     with pytest.raises(
-        Misconfigured, match=f"the topic '{closed}' may not be written to; give this Kafka user the right"
+        Misconfigured,
+        match=rf"publishes=\[{closed!r}\]\): the topic may not be written to; give this Kafka user the right",
     ):
         await Worker(publishing, settings).run()
 
