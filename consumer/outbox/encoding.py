@@ -68,8 +68,12 @@ def encoded(
     except TransactionMisuse:
         raise
     except Exception as error:
-        what = str(error) if isinstance(error, Unfit) else type(error).__name__
-        raise TransactionMisuse(f"publish: encode= cannot encode a {type(value).__name__}: {what}") from error
+        what = (
+            str(error)
+            if isinstance(error, Unfit)
+            else f"it raised {type(error).__name__}: give what it takes, or bytes"
+        )
+        raise TransactionMisuse(f"publish: encode= cannot encode a {type(value).__name__}; {what}") from error
     match result:
         case bytes():
             return result, own

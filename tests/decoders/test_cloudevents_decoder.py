@@ -123,7 +123,7 @@ def test_a_model_of_pydantic_is_published_as_data() -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"id": "1"}, "encode= cannot encode a dict: publish a CloudEvent, or bytes"),
+        ({"id": "1"}, "encode= cannot encode a dict; publish a CloudEvent, or bytes"),
         (CloudEvent(id="", source="/s", type="t", data=None), "id, source and type of a CloudEvent must not be empty"),
         (
             CloudEvent(id="1", source="/s", type="t", data=None, time=datetime(2026, 1, 1)),
