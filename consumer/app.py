@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
 from consumer.core import fingerprint as fingerprints
 from consumer.core.effect import ask_with, build_effect, settle_with
 from consumer.core.errors import RegistrationError
-from consumer.core.handler import Function, Handler, build, place_of
+from consumer.core.handler import Handler, build, place_of
+from consumer.core.handler_signature import Function
 from consumer.core.record_decoding import DecodeOption, check_option
 from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names

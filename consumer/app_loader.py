@@ -1,4 +1,4 @@
-"""Imports the App of "module:app", runs its lifespan, and imports functions.
+"""Imports the App of "module:app", and runs its lifespan.
 
 Every error is one line that names the place.
 """
@@ -9,10 +9,9 @@ import asyncio
 import importlib
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
@@ -71,34 +70,6 @@ def load_app(path: str) -> App:
     if not target.handlers:
         raise Misconfigured(f"{path}: no handlers; import the modules that register them")
     return target
-
-
-def load_callable(option: str, path: str) -> Callable[..., Any]:
-    """Import the function that "module:callable" names.
-
-    option: names it in errors. The current directory is on the import path. Raises Misconfigured.
-    """
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise Misconfigured(f'{option} {path!r}: does not name a function; write "module:callable"')
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        with redirect_stdout(sys.stderr):
-            target: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            target = getattr(target, name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise Misconfigured(
-            f"{option} {path!r}: cannot be imported ({describe(error)}); correct the name or the module"
-        ) from None
-    if not callable(target):
-        raise Misconfigured(f"{option} {path!r}: a {type(target).__name__}, which cannot be called; name a function")
-    log.disabled = False  # dictConfig in a module disables the loggers that it does not name
-    return target  # type: ignore[no-any-return]
 
 
 def _place(error: BaseException) -> str:

@@ -2,19 +2,25 @@
 
 Knows precedence and text, not what a setting means. Every error is one line that names a variable or a key, and never its
 value: what stands where a path belongs may be the secret itself.
+
+Also imports functions that settings and flags name.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import stat
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from consumer.core.errors import Misconfigured
+from consumer.logs import describe, log
 
 PREFIX = "CONSUMER_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
@@ -222,3 +228,31 @@ def _close_key(key: tuple[str, ...], known: Known) -> str:
         for match in close
     ]
     return f"did you mean {' or '.join(shown)}?"
+
+
+def load_function(subject: str, path: str) -> Callable[..., Any]:
+    """Import the function that "module:callable" names.
+
+    subject: begins errors. The current directory is on the import path. Raises Misconfigured.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise Misconfigured(f'{subject}: does not name a function; write "module:callable"')
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with redirect_stdout(sys.stderr):  # what a module prints is not part of our output
+            target: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            target = getattr(target, name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Misconfigured(
+            f"{subject}: cannot be imported ({describe(error)}); correct the name or the module"
+        ) from None
+    if not callable(target):
+        raise Misconfigured(f"{subject}: a {type(target).__name__}, which cannot be called; name a function")
+    log.disabled = False  # dictConfig in a module disables the loggers that it does not name
+    return target  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from harness import Place, execute, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from services import Kafka
+from shop_browser import Browser
 from worker_log import WorkerLog
 
 from consumer.local_servers import Postgres, Valkey
@@ -166,3 +167,13 @@ async def place(kafka: Kafka, postgres: Postgres, migrated_template: str, redis_
 def worker_log(caplog: pytest.LogCaptureFixture) -> Iterator[WorkerLog]:
     with caplog.at_level(logging.INFO, logger="consumer"):
         yield WorkerLog(caplog)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, started once a run."""
+    started_browser = Browser()
+    try:
+        yield started_browser
+    finally:
+        started_browser.close()

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from starlette.requests import Request
 
 from consumer.admin.operators import system_user
-from consumer.app_loader import load_callable
 from consumer.console.options import PROXY
 from consumer.core.errors import Misconfigured
 from consumer.core.hosts import is_local
 from consumer.logs import describe
+from consumer.setting_sources import load_function
 from consumer.settings import Settings
 
 USER_HEADER = "x-forwarded-user"
@@ -122,7 +122,7 @@ async def auth_of(option: str | None, settings: Settings) -> Auth:
     if option == PROXY:
         secret = settings.console_proxy_secret
         return ByProxy(None if secret is None else secret.get_secret_value())
-    auth = ByFunction(load_callable("--auth", option))
+    auth = ByFunction(load_function(f"--auth {option!r}", option))
     try:
         name = await auth.operator(_request_from_nowhere())
     except AuthFailed as error:

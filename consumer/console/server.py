@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from consumer.console.options import ConsoleOptions
 from consumer.console.routes import application
 from consumer.core.errors import Misconfigured
 from consumer.logs import event
+from consumer.monitoring.http_server import address_problem
 
 _END_SECONDS = 3
 _CONNECTIONS_MAX = 200
@@ -79,9 +79,4 @@ def _listener(host: str, port: int, options: ConsoleOptions) -> socket.socket:
     except (OSError, UnicodeError) as error:
         if listener is not None:
             listener.close()
-        code = error.errno if isinstance(error, OSError) else None
-        problem = {
-            errno.EADDRINUSE: "the port is in use; end what listens there, or choose another one",
-            errno.EACCES: "the port may not be used; choose one above 1023",
-        }.get(code or 0, "this machine has no such address; choose one of its own, as 127.0.0.1")
-        raise Misconfigured(f"--listen {options.listen}: {problem}") from None
+        raise Misconfigured(f"--listen {options.listen}: {address_problem(error)}") from None

@@ -14,7 +14,8 @@ import msgspec
 
 from consumer.core import decode
 from consumer.core.errors import RegistrationError
-from consumer.core.handler import Effect, Function, Handler, Resource, Wrong, build, hints_of, place_of
+from consumer.core.handler import Effect, Handler, build, place_of
+from consumer.core.handler_signature import Function, Resource, Wrong, hints_of
 from consumer.core.idempotency import idempotency_key
 
 REMEMBERS_SECONDS_MIN = 60.0

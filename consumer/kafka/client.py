@@ -28,8 +28,9 @@ from aiokafka.helpers import create_ssl_context
 from consumer import tls
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.hosts import certificate_fault
-from consumer.kafka.oauth import TokenCache, TokenProvider, TokenUnavailable, load_provider
+from consumer.kafka.oauth import TokenCache, TokenProvider, TokenUnavailable
 from consumer.logs import event
+from consumer.setting_sources import load_function
 from consumer.settings import Settings
 
 _ATTEMPT_SECONDS_MIN, _ATTEMPT_SECONDS_MAX = 0.5, 10
@@ -83,7 +84,14 @@ def _sasl_options(settings: Settings) -> dict[str, Any]:
             raise Misconfigured(
                 "SASL OAUTHBEARER: no token provider; set CONSUMER_KAFKA_SASL_TOKEN_PROVIDER=module:callable"
             )
-        provider = TokenProvider(TokenCache(load_provider(settings.kafka_sasl_token_provider)))
+        provider = TokenProvider(
+            TokenCache(
+                load_function(
+                    f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={settings.kafka_sasl_token_provider}",
+                    settings.kafka_sasl_token_provider,
+                )
+            )
+        )
         return options | {"sasl_oauth_token_provider": provider}
     if settings.kafka_sasl_username is None or settings.kafka_sasl_password is None:
         raise Misconfigured("SASL: no credentials; set CONSUMER_KAFKA_SASL_USERNAME and CONSUMER_KAFKA_SASL_PASSWORD")

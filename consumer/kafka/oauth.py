@@ -9,15 +9,12 @@ Limitations: does not read the token; only Kafka decides whether it is valid.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from aiokafka import conn as client_connections
@@ -25,7 +22,6 @@ from aiokafka.abc import AbstractTokenProvider
 from aiokafka.conn import OAuthAuthenticator
 from aiokafka.errors import KafkaError
 
-from consumer.core.errors import Misconfigured
 from consumer.logs import describe
 
 _MARGIN_SECONDS = 30.0  # before its expiry a token is used no more: the clocks differ, and its way takes time
@@ -40,35 +36,6 @@ class NoToken(Exception):
 
 class TokenUnavailable(KafkaError):  # type: ignore[misc]
     """NoToken, as an error that aiokafka answers by trying again."""
-
-
-def load_provider(path: str) -> Callable[[], Any]:
-    """Import the function that `module:callable` names. Raises Misconfigured.
-
-    The current directory is put on the import path.
-    """
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise Misconfigured(f'CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: not understood; write "module:callable"')
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        with redirect_stdout(sys.stderr):
-            provider: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            provider = getattr(provider, name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise Misconfigured(
-            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: cannot be imported ({describe(error)}); correct the name or the module"
-        ) from None
-    if not callable(provider):
-        raise Misconfigured(
-            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: a {type(provider).__name__}, which cannot be called; name a function"
-        )
-    return provider  # type: ignore[no-any-return]
 
 
 class TokenCache:

@@ -48,6 +48,14 @@ def as_text(*lines: str, status: HTTPStatus = HTTPStatus.OK) -> Answer:
     return Answer("".join(f"{line}\n" for line in lines).encode(), status)
 
 
+def address_problem(error: OSError | UnicodeError) -> str:
+    """Return why an address cannot be listened on, and what to do."""
+    return {
+        errno.EADDRINUSE: "the port is in use; end what listens there, or choose another one",
+        errno.EACCES: "the port may not be used; choose one above 1023",
+    }.get(getattr(error, "errno", None) or 0, "this machine has no such address; choose one of its own, as 127.0.0.1")
+
+
 class HttpServer:
     """Serves routes by path.
 
@@ -77,12 +85,7 @@ class HttpServer:
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES_MAX)
         except (OSError, UnicodeError) as error:  # UnicodeError: a host name that is none
-            code = error.errno if isinstance(error, OSError) else None
-            problem = {
-                errno.EADDRINUSE: "the port is in use; end what listens there, or choose another one",
-                errno.EACCES: "the port may not be used; choose one above 1023",
-            }.get(code or 0, "this machine has no such address; choose one of its own, as 127.0.0.1")
-            raise Misconfigured(f"CONSUMER_HTTP={host}:{port}: {problem}") from None
+            raise Misconfigured(f"CONSUMER_HTTP={host}:{port}: {address_problem(error)}") from None
         port = self._server.sockets[0].getsockname()[1]
         event(logging.INFO, "serving metrics and health", host=host, port=port)
         return port

@@ -12,7 +12,8 @@ from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.core.handler import Call, Function
+from consumer.core.handler import Call
+from consumer.core.handler_signature import Function
 from consumer.core.message import LogRecord, Partition
 from consumer.postgres import positions
 from consumer.settings import Settings

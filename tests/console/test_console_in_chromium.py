@@ -27,15 +27,6 @@ from consumer.local_servers import Postgres
 WHY = "a comma is a decimal point there"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    started_browser = Browser()
-    try:
-        yield started_browser
-    finally:
-        started_browser.close()
-
-
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A server that the test may stop."""

@@ -49,12 +49,13 @@ from services import Kafka
 from consumer import App, Misconfigured, Settings, Tx, tls, verify
 from consumer.core.errors import ServiceUnavailable
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.kafka.oauth import NoToken, TokenCache, load_provider
+from consumer.kafka.oauth import NoToken, TokenCache
 from consumer.local_servers import Postgres, Valkey
 from consumer.postgres.connection import connect
 from consumer.precheck.client import Precheck
 from consumer.schemes.lock import Lock
 from consumer.schemes.tokens import Fresh, Tokens, Used
+from consumer.setting_sources import load_function
 from consumer.worker.worker import Worker
 
 NOWHERE = "10.255.255.1"  # never connected to: what leads there is refused first
@@ -233,7 +234,7 @@ async def test_token_is_fetched_again_when_its_session_ends(
     topic = await place.topic()
     app = paying(topic)
     settings = by_sasl(kafka, place, kafka_sasl_mechanism="OAUTHBEARER", kafka_sasl_token_provider=f"{name}:fetch")
-    module = load_provider(f"{name}:fetch").__globals__
+    module = load_function("a provider", f"{name}:fetch").__globals__
     asked, bad = module["asked"], module["bad"]
     async with working(app, settings):
         await place.send(topic, *payments(10))

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from shop_browser import Browser
 from shop_process import Script, Shop, soon
 
 
@@ -62,12 +61,3 @@ def left_behind(directory: Path) -> list[str]:
         if str(directory) in command:
             names.append(command)
     return names
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    started_browser = Browser()
-    try:
-        yield started_browser
-    finally:
-        started_browser.close()
