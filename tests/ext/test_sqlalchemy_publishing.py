@@ -79,6 +79,17 @@ async def test_a_message_commits_with_the_rows_of_its_session(engine: AsyncEngin
     assert await stored(dsn) == (["a", "c"], ["a", "c"])
 
 
+async def test_a_savepoint_that_is_rolled_back_takes_its_message(engine: AsyncEngine, dsn: str) -> None:
+    async with AsyncSession(engine) as session, session.begin():
+        with pytest.raises(ZeroDivisionError):
+            async with session.begin_nested():  # before any statement of the session
+                await order(session, "a")
+                raise ZeroDivisionError
+        async with session.begin_nested():
+            await order(session, "b")
+    assert await stored(dsn) == (["b"], ["b"])
+
+
 async def test_scoped_sessions_and_connections_publish(engine: AsyncEngine, dsn: str) -> None:
     scoped = async_scoped_session(async_sessionmaker(engine), scopefunc=lambda: None)
     await order(scoped, "scoped")
