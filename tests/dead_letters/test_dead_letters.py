@@ -435,6 +435,25 @@ async def test_a_dead_letter_topic_is_in_order_and_repeats_ids(shop: Shop, tmp_p
     assert {"id": "behind", "amount": 1} in values(again)
 
 
+async def test_a_copy_too_large_for_its_topic_stops_no_other(shop: Shop) -> None:
+    target = await shop.place.topic(1, **{"max.message.bytes": "3000"})
+    await shop.fail("fails", "small", "after")
+    large = Sent({"id": "large", "amount": "x" * 9000}, id="large", partition=0)
+    await shop.place.send(
+        shop.topic,
+        Sent({"id": "small", "amount": 1}, id="small", partition=0),
+        large,
+        Sent({"id": "after", "amount": 1}, id="after", partition=0),
+    )
+    settings = shop.place.settings(dead_letter_topic=target)
+    async with working(shop.app, settings):
+        await drained(shop.app, settings)
+        await all_published(shop.place)
+    assert [letter["id"] for letter in values(await records_of(shop.place.kafka, target))] == ["small", "after"]
+    assert await value(shop.place.dsn, "select count(*) from consumer.outbox_published where stopped is not null") == 0
+    assert len(await letters(shop.place.dsn)) == 3  # PostgreSQL keeps it
+
+
 async def test_dead_letters_that_the_version_before_has_not_published_are(shop: Shop) -> None:
     target = await shop.place.topic(1)
     await shop.fail("fails", "a", "b")
