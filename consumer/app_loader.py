@@ -19,11 +19,10 @@ from consumer.error_places import is_users
 from consumer.logs import describe, log
 
 
-def load_app(path: str) -> App:
-    """Import the App that `path` names.
+def names_in(path: str) -> tuple[str, str]:
+    """Return the module and the attribute of "module:attribute".
 
-    The current directory is on the import path. Raises Misconfigured for a path that is not "module:attribute", a
-    module that cannot be imported, an attribute that is not an App, and an App without handlers.
+    Raises Misconfigured for another form.
     """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
@@ -31,6 +30,16 @@ def load_app(path: str) -> App:
     if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
         better = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise Misconfigured(f"{path!r}: names a file; write the module, {better}:{attribute}")
+    return module_name, attribute
+
+
+def load_app(path: str) -> App:
+    """Import the App that `path` names.
+
+    The current directory is on the import path. Raises Misconfigured for a path that is not "module:attribute", a
+    module that cannot be imported, an attribute that is not an App, and an App without handlers.
+    """
+    module_name, attribute = names_in(path)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

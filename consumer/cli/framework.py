@@ -174,6 +174,7 @@ _NAMES = {  # of parameters that are not named like their flag
     "files": "--file",
     "grants_for": "--grants",
     "directory": "--reports",
+    "directories": "--reload-dir",
 }
 
 

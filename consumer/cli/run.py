@@ -10,13 +10,17 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from consumer import logs, tls
 from consumer.admin.readiness import check_ready
 from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.framework import AppPath, cli, command
+from consumer.core.errors import Misconfigured
 from consumer.core.identity import OffsetId
 from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
@@ -56,13 +60,38 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "log_",
     ),
 )
-def run(app: AppPath, settings: Settings) -> Any:
+def run(
+    app: AppPath,
+    settings: Settings,
+    reload: Annotated[
+        bool,
+        typer.Option(
+            "--reload",
+            help="for development: drain and start again when a file of the App or of --config changes; needs the extra reload",
+        ),
+    ] = False,
+    directories: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reload-dir",
+            metavar="DIRECTORY",
+            help="with --reload: watch this instead of the App's directory; may be repeated",
+        ),
+    ] = None,
+) -> Any:
     """Run worker processes until SIGTERM or Ctrl-C.
 
     The first signal drains them, a second one ends them at once. Each worker is a member of the Kafka group named like the
     App. Check the configuration first with
     `consumer migrate --check` and `consumer status APP`.
     """
+    if directories and not reload:
+        raise Misconfigured("--reload-dir: no effect alone; it goes with --reload")
+    if reload:
+        from consumer.cli import reload as reloading
+
+        if not reloading.is_watched():
+            return reloading.watching(app, settings, directories or [])
     loaded = load_app(app)
     tls.check_http(settings)
     check_telemetry(settings)

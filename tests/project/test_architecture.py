@@ -80,6 +80,7 @@ LIBRARIES = {
     "pydantic": {"core", "settings", "cli"},
     "typer": {"cli"},
     "rich": {"cli", "demo"},
+    "watchfiles": {"cli"},
     "pytest": {"testing"},
     "uvloop": {"worker"},
     "prometheus_client": {"monitoring"},

@@ -1,0 +1,168 @@
+"""`consumer run --reload`: what is watched, and what a change does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Command, Place, Sent, consumer, is_one_line, query, running, until
+
+from consumer.cli import reload
+from consumer.cli.watched_files import folders_of, is_source
+from consumer.core.errors import Misconfigured
+from consumer.settings import Settings
+
+HERE = Path("/home/me/shop")
+CONFIG = HERE / "production.toml"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("shop.py", True),
+        ("orders/handlers.py", True),
+        ("production.toml", True),
+        ("other.toml", False),
+        ("notes.txt", False),
+        (".#shop.py", False),
+        (".venv/lib/x.py", False),
+        ("venv/lib/x.py", False),
+        ("orders/__pycache__/handlers.py", False),
+        ("../elsewhere/x.py", False),
+    ],
+)
+def test_python_files_and_the_configuration_are_watched(changed: str, counts: bool) -> None:
+    assert is_source(Path(os.path.normpath(HERE / changed)), [HERE], {CONFIG}) == counts
+
+
+@pytest.mark.unit
+def test_hidden_folders_above_the_watched_one_do_not_matter() -> None:
+    assert is_source(Path("/x/.cache/shop/app.py"), [Path("/x/.cache/shop")], set())
+
+
+@pytest.mark.unit
+def test_watched_is_the_current_directory_or_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for folder in (work, elsewhere / "orders_elsewhere"):
+        folder.mkdir(parents=True)
+    (work / "orders_here.py").write_text("raise ValueError")  # it is not imported
+    (elsewhere / "orders_elsewhere" / "__init__.py").touch()
+    monkeypatch.chdir(work)
+    monkeypatch.syspath_prepend(str(elsewhere))
+    assert folders_of("orders_here:app", []) == [work]
+    assert folders_of("orders_missing.handlers:app", []) == [work]
+    assert folders_of("orders_elsewhere.handlers:app", []) == [elsewhere / "orders_elsewhere"]
+    assert folders_of("orders_here:app", [Path("../elsewhere")]) == [elsewhere]
+    with pytest.raises(Misconfigured, match="is an installed package; name what to watch with --reload-dir"):
+        folders_of("msgspec:app", [])
+
+
+@pytest.mark.unit
+def test_reload_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "watchfiles", None)
+    with pytest.raises(Misconfigured, match=r"pip install 'idempotent-consumer\[reload\]'"):
+        reload.watching("shop:app", Settings(), [])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "shop:app", "--reload-dir", "."], "--reload-dir: no effect alone"),
+        (["run", "shop:app", "--reload", "--reload-dir", "nowhere"], "--reload-dir nowhere: not a directory"),
+        (["run", "shop.py", "--reload"], "does not name an App"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_at_once(tmp_path: Path, arguments: list[str], says: str) -> None:
+    is_one_line(consumer(tmp_path, *arguments), says)
+
+
+APP = """
+import asyncio, pathlib
+from consumer import App, Tx
+app = App({name!r})
+
+@app.handler({topic!r})
+async def settle(payment: dict, tx: Tx) -> None:
+    pathlib.Path("begun").touch()
+    while payment["id"] == "slow" and not pathlib.Path("go").exists():
+        await asyncio.sleep(0.02)
+    await tx.execute("insert into effects values ($1, 1, 1)", payment["id"] + " {version}")
+"""
+
+
+class Edited:
+    """An App whose file is edited while `consumer run --reload` runs it."""
+
+    def __init__(self, place: Place, topic: str, directory: Path) -> None:
+        self.place, self.directory = place, directory
+        self.name, self.module = f"app-{uuid.uuid4().hex[:8]}", f"app_{uuid.uuid4().hex[:8]}"
+        self.topic = topic
+
+    def save(self, version: str, suffix: str = "") -> None:
+        text = APP.format(name=self.name, topic=self.topic, version=version) + suffix
+        (self.directory / f"{self.module}.py").write_text(text)
+
+    def run(self) -> Any:
+        return running(["run", f"{self.module}:app", "--reload"], self.place.settings(), self.directory)
+
+
+def seen(command: Command, text: str, times: int = 1) -> Callable[[], Any]:
+    async def is_logged() -> bool:
+        return command.errors.count(text) >= times
+
+    return is_logged
+
+
+def applied(place: Place, *names: str) -> Callable[[], Any]:
+    async def are_there() -> bool:
+        return await query(place.dsn, "select id from effects order by id") == [(name,) for name in names]
+
+    return are_there
+
+
+async def test_a_change_drains_workers_and_runs_the_new_code(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    app = Edited(place, topic, tmp_path)
+    app.save("one")
+    async with app.run() as command:
+        await place.send(topic, Sent({"id": "slow"}, id="slow"))
+
+        async def has_begun() -> bool:
+            return (tmp_path / "begun").exists()
+
+        await until("the slow message to be in hand", has_begun, 90)
+        app.save("two")
+        await until("the drain", seen(command, "stopping: workers drain"), 90)
+        (tmp_path / "go").touch()
+        await until("the message to be applied once, by the old code", applied(place, "slow one"), 90)
+        await place.send(topic, Sent({"id": "quick"}, id="quick"))
+        await until("the new code", applied(place, "quick two", "slow one"), 90)
+
+        app.save("three", "this is no Python\n")
+        await until("the error", seen(command, "not running: the next change of a file starts it again"), 90)
+        [line] = [line for line in command.errors.splitlines() if line.startswith("consumer: ")]
+        assert f"'{app.module}': cannot be imported; SyntaxError" in line and f"{app.module}.py:12)" in line
+        app.save("four")
+        await place.send(topic, Sent({"id": "late"}, id="late"))
+        await until("the corrected code", applied(place, "late four", "quick two", "slow one"), 90)
+
+        command.process.send_signal(signal.SIGINT)
+        assert await command.wait() == 0, command.errors
+    assert command.errors.count("a file has changed") >= 2, command.errors
+    assert "Traceback" not in command.errors
+
+
+async def test_workers_drain_when_the_watching_process_is_killed(place: Place, tmp_path: Path) -> None:
+    app = Edited(place, await place.topic(), tmp_path)
+    app.save("one")
+    async with app.run() as command:
+        await until("a worker", seen(command, "partitions opened"), 90)
+        command.process.send_signal(signal.SIGKILL)
+        await until("the drain", seen(command, "worker stopped"), 90)
