@@ -127,17 +127,20 @@ def applied(place: Place, *names: str) -> Callable[[], Any]:
     return are_there
 
 
+def slow_has_begun(directory: Path) -> Callable[[], Any]:
+    async def has_begun() -> bool:
+        return (directory / "begun").exists()
+
+    return has_begun
+
+
 async def test_a_change_drains_workers_and_runs_the_new_code(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
     app = Edited(place, topic, tmp_path)
     app.save("one")
     async with app.run() as command:
         await place.send(topic, Sent({"id": "slow"}, id="slow"))
-
-        async def has_begun() -> bool:
-            return (tmp_path / "begun").exists()
-
-        await until("the slow message to be in hand", has_begun, 90)
+        await until("the slow message to be in hand", slow_has_begun(tmp_path), 90)
         app.save("two")
         await until("the drain", seen(command, "stopping: workers drain"), 90)
         (tmp_path / "go").touch()
@@ -166,3 +169,19 @@ async def test_workers_drain_when_the_watching_process_is_killed(place: Place, t
         await until("a worker", seen(command, "partitions opened"), 90)
         command.process.send_signal(signal.SIGKILL)
         await until("the drain", seen(command, "worker stopped"), 90)
+
+
+async def test_ctrl_c_during_the_drain_of_a_change_lets_it_finish(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    app = Edited(place, topic, tmp_path)
+    app.save("one")
+    async with app.run() as command:
+        await place.send(topic, Sent({"id": "slow"}, id="slow"))
+        await until("the slow message to be in hand", slow_has_begun(tmp_path), 90)
+        app.save("two")
+        await until("the drain", seen(command, "stopping: workers drain"), 90)
+        command.process.send_signal(signal.SIGINT)
+        (tmp_path / "go").touch()
+        assert await command.wait(90) == 0, command.errors
+    assert await query(place.dsn, "select id from effects") == [("slow one",)]
+    assert "second signal" not in command.errors
