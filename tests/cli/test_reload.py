@@ -67,7 +67,7 @@ def test_watched_is_the_current_directory_or_the_packages(tmp_path: Path, monkey
 def test_reload_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "watchfiles", None)
     with pytest.raises(Misconfigured, match=r"pip install 'idempotent-consumer\[reload\]'"):
-        reload.watching("shop:app", Settings(), [])
+        _ = reload.watching("shop:app", Settings(), [])
 
 
 @pytest.mark.unit
