@@ -56,7 +56,7 @@ def run_watched() -> None:
     global _is_watched
     _is_watched = True
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    from consumer.__main__ import main
+    from consumer.cli.main import main
 
     main()
 
