@@ -62,7 +62,10 @@ def run_watched() -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Drain when the watching process is gone: it holds the other end of stdin."""
+    """Drain when the watching process is gone.
+
+    It holds the other end of stdin.
+    """
     with suppress(OSError):
         while os.read(0, 100):
             pass

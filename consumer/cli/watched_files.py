@@ -1,4 +1,7 @@
-"""Which files `consumer run --reload` watches: those of the App, and its configuration."""
+"""Which files `consumer run --reload` watches.
+
+Those of the App, and its configuration.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,9 @@ def folders_of(path: str, given: Sequence[Path]) -> list[Path]:
 
 
 def is_source(changed: Path, folders: Collection[Path], files: Collection[Path]) -> bool:
-    """Return whether a changed file is one of the App's, or of `files`.
+    """Return whether a changed file is watched.
 
-    Python files below a folder count; hidden files and directories, virtual environments and caches below it do not.
+    Each of `files` is. Python files below a folder count; hidden files and directories, virtual environments and caches below it do not.
     """
     if changed in files:
         return True
