@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RunAgain,
         TransactionMisuse,
     )
+    from consumer.core.handler_options import EffectOptions, HandlerOptions
     from consumer.core.message import Message
     from consumer.core.retry import Retry
     from consumer.replay.findings import Findings
@@ -33,7 +34,9 @@ __all__ = [
     "Call",
     "CannotTell",
     "ConsumerError",
+    "EffectOptions",
     "Findings",
+    "HandlerOptions",
     "Message",
     "Misconfigured",
     "NotDone",
@@ -54,7 +57,9 @@ _MODULES = {
     "Call": "core.effect",
     "CannotTell": "core.errors",
     "ConsumerError": "core.errors",
+    "EffectOptions": "core.handler_options",
     "Findings": "replay.findings",
+    "HandlerOptions": "core.handler_options",
     "Message": "core.message",
     "Misconfigured": "core.errors",
     "NotDone": "core.errors",

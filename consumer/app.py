@@ -11,15 +11,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
-from consumer.core import fingerprint as fingerprints
 from consumer.core.effect import ask_with, build_effect, settle_with
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Handler, build, place_of
+from consumer.core.handler_options import EffectOptions, HandlerOptions
 from consumer.core.handler_signature import Function
 from consumer.core.record_decoding import DecodeOption, check_option
-from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
 from consumer.core.worker_health import EmbeddedWorker
 from consumer.outbox.encoding import EncodeOption, encode_function
@@ -31,7 +30,18 @@ from consumer.transaction.web_publishing import Publishing, publishing
 if TYPE_CHECKING:  # the pytest plugin imports this file and must not load the driver
     from consumer.postgres.application_codecs import ConnectionInit
 
-F = TypeVar("F", bound=Function)
+# What type checkers accept as handlers. The message is the first parameter, or follows the Tx.
+OfMessage = TypeVar("OfMessage", bound=Callable[Concatenate[Any, ...], Awaitable[None]])
+OfMessages = TypeVar(
+    "OfMessages",
+    bound=Callable[Concatenate[list[Any], ...], Awaitable[None]]
+    | Callable[Concatenate[Tx, list[Any], ...], Awaitable[None]],
+)
+V = TypeVar("V")  # what a function of an effect takes first: its value, or the message
+W = TypeVar("W")  # likewise, of another function
+R = TypeVar("R")  # the result of the call
+P = ParamSpec("P")
+Q = ParamSpec("Q")
 Lifespan = Callable[["App"], AbstractAsyncContextManager[Any]]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
@@ -106,23 +116,17 @@ class App:
         self._lifespan = lifespan
         self._handlers: dict[str, Handler] = {}
 
+    @overload
     def handler(
-        self,
-        *topics: str,
-        message_id: str | Callable[[Any], object] | None = None,
-        fingerprint: fingerprints.Option = "bytes",
-        name: str | None = None,
-        order: Literal["key", "partition", "none"] = "key",
-        concurrency: int = 1,
-        batch: int | None = None,
-        retry: Retry | None = None,
-        timeout: float | None = None,
-        idempotent: bool = True,
-        allow_nan: bool = False,
-        version: str | None = None,
-        decode: DecodeOption = None,
-        **unknown: Never,
-    ) -> Callable[[F], F]:
+        self, *topics: str, batch: None = None, **options: Unpack[HandlerOptions]
+    ) -> Callable[[OfMessage], OfMessage]: ...
+    @overload
+    def handler(
+        self, *topics: str, batch: int, **options: Unpack[HandlerOptions]
+    ) -> Callable[[OfMessages], OfMessages]: ...
+    def handler(
+        self, *topics: str, batch: int | None = None, **options: Unpack[HandlerOptions]
+    ) -> Callable[[Any], Any]:
         """Register an async function for one or more topics.
 
         - message_id: ``"header:NAME"``, ``"field:path.to"``, ``"offset"`` or a function of the value. By default the header
@@ -145,44 +149,17 @@ class App:
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
         _refuse_functions(topics)
-        options: dict[str, Any] = {
-            "message_id": message_id,
-            "fingerprint": fingerprint,
-            "name": name,
-            "order": order,
-            "concurrency": concurrency,
-            "batch": batch,
-            "retry": retry,
-            "timeout": timeout,
-            "idempotent": idempotent,
-            "allow_nan": allow_nan,
-            "version": version,
-            "decode": self.decode if decode is None else decode,
-            **unknown,
-        }
+        checked = {**options, "batch": batch, "decode": self._decode_of(options)}
 
-        def register(function: F) -> F:
-            self._add(build(function, topics, options, Tx))
+        def register(function: Function) -> Function:
+            self._add(build(function, topics, checked, Tx))
             return function
 
         return register
 
     def effect(
-        self,
-        *topics: str,
-        remembers: timedelta | Literal[0],
-        message_id: str | Callable[[Any], object] | None = None,
-        fingerprint: fingerprints.Option = "bytes",
-        name: str | None = None,
-        order: Literal["key", "partition", "none"] = "key",
-        concurrency: int = 1,
-        retry: Retry | None = None,
-        timeout: float | None = None,
-        allow_nan: bool = False,
-        version: str | None = None,
-        decode: DecodeOption = None,
-        **unknown: Never,
-    ) -> Callable[[Function], EffectDeclaration]:
+        self, *topics: str, remembers: timedelta | Literal[0], **options: Unpack[EffectOptions]
+    ) -> Callable[[Callable[Concatenate[V, P], Awaitable[R]]], EffectDeclaration[V, P, R]]:
         """Register a function that calls another system, with no transaction open.
 
         It takes the message and a `Call`, whose key it sends, and returns a result. Before the call an intent is
@@ -200,31 +177,23 @@ class App:
         The other options are those of `handler`. Raises RegistrationError for functions that cannot work, and for an
         App with shards.
         """
-        options: dict[str, Any] = {
-            "message_id": message_id,
-            "fingerprint": fingerprint,
-            "name": name,
-            "order": order,
-            "concurrency": concurrency,
-            "retry": retry,
-            "timeout": timeout,
-            "allow_nan": allow_nan,
-            "version": version,
-            "decode": self.decode if decode is None else decode,
-            **unknown,
-        }
+        checked = {**options, "decode": self._decode_of(options)}
 
-        def register(function: Function) -> EffectDeclaration:
+        def register(function: Callable[Concatenate[V, P], Awaitable[R]]) -> EffectDeclaration[V, P, R]:
             if self.shards:
                 raise RegistrationError(
                     f"{place_of(function)}: an App with shards has no effects yet; call the other system in a handler, "
                     "with message.idempotency_key()"
                 )
-            handler = build_effect(function, topics, remembers, options, Tx)
+            handler = build_effect(function, topics, remembers, checked, Tx)
             self._add(handler)
             return EffectDeclaration(handler, function)
 
         return register
+
+    def _decode_of(self, options: Mapping[str, Any]) -> DecodeOption:
+        own: DecodeOption = options.get("decode")
+        return self.decode if own is None else own
 
     def _add(self, handler: Handler) -> None:
         other = self._handlers.get(handler.name)
@@ -333,19 +302,25 @@ class App:
             handler.bind(resources)
 
 
-class EffectDeclaration:
+class EffectDeclaration(Generic[V, P, R]):
     """What `App.effect` returns; it can be called like the function itself."""
 
-    def __init__(self, handler: Handler, function: Function) -> None:
+    def __init__(self, handler: Handler, function: Callable[Concatenate[V, P], Awaitable[R]]) -> None:
         self._handler = handler
         self._function = function
         self.__doc__ = function.__doc__
 
-    def __call__(self, *args: Any) -> Awaitable[object]:
+    def __call__(self, value: V, /, *args: P.args, **options: P.kwargs) -> Awaitable[R]:
         """Call the function, without anything around it."""
-        return self._function(*args)
+        return self._function(value, *args, **options)
 
-    def settled(self, function: F) -> F:
+    @overload
+    def settled(self: EffectDeclaration[V, P, None], function: OfMessage) -> OfMessage: ...
+    @overload
+    def settled(
+        self, function: Callable[Concatenate[W, R, Q], Awaitable[None]]
+    ) -> Callable[Concatenate[W, R, Q], Awaitable[None]]: ...
+    def settled(self, function: Any) -> Any:
         """Register the handler that applies the result.
 
         It runs in one transaction with the claim. It takes the message, the result, and what other handlers take (Tx, for
@@ -355,7 +330,7 @@ class EffectDeclaration:
         _open_sessions(self._handler)
         return function
 
-    def unsure(self, function: F) -> F:
+    def unsure(self, function: Callable[Q, Awaitable[R | None]]) -> Callable[Q, Awaitable[R | None]]:
         """Register the function that asks the other system what it has done.
 
         It takes what the call takes, and returns the result, or None if nothing was done: then the call is made. It may

@@ -15,6 +15,7 @@ trap 'rm -rf "$place"' EXIT INT TERM
 "$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel[demo]"
 cd "$place"
 venv/bin/consumer --version
+venv/bin/python -c 'from importlib.resources import files; assert (files("consumer") / "py.typed").is_file()'
 venv/bin/consumer demo --json >demo.json
 venv/bin/python - <<'CHECK'
 import json

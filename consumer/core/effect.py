@@ -14,7 +14,8 @@ import msgspec
 
 from consumer.core import decode
 from consumer.core.errors import RegistrationError
-from consumer.core.handler import Effect, Handler, build, place_of
+from consumer.core.handler import Effect, Handler, build, check_option_names, place_of
+from consumer.core.handler_options import EFFECT_OPTIONS
 from consumer.core.handler_signature import Function, Resource, Wrong, hints_of
 from consumer.core.idempotency import idempotency_key
 
@@ -58,6 +59,7 @@ def build_effect(
             raise RegistrationError(
                 f"{place_of(function)}: {option}= is for @app.handler; leave it out, since an effect calls another system for one message, once"
             )
+    check_option_names(options, EFFECT_OPTIONS, lambda problem: RegistrationError(f"{place_of(function)}: {problem}"))
     call = build(function, topics, options, Call)
     wrong = _wrong(call)
     _check_session(call)

@@ -10,13 +10,14 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
 
 from consumer.core import constraints, decode, fingerprint, identity, record_decoding
 from consumer.core.errors import CallNotMade, RegistrationError
+from consumer.core.handler_options import HANDLER_OPTIONS
 from consumer.core.handler_signature import Function, OrmSession, Resource, Wrong, call_plan
 from consumer.core.message import Record
 from consumer.core.retry import Retry
@@ -24,20 +25,6 @@ from consumer.core.retry import Retry
 Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, message, tx)
 
 ORDERS = ("key", "partition", "none")
-OPTIONS = (
-    "message_id",
-    "fingerprint",
-    "name",
-    "order",
-    "concurrency",
-    "batch",
-    "retry",
-    "timeout",
-    "idempotent",
-    "allow_nan",
-    "version",
-    "decode",
-)
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
@@ -211,7 +198,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     def wrong(problem: str) -> RegistrationError:
         return RegistrationError(f"{place}: handler {name!r}: {problem}")
 
-    _check_option_names(options, wrong)
+    check_option_names(options, HANDLER_OPTIONS, wrong)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise wrong("name= must be text of 1 to 200 characters without spaces")
     _check_surrogates((name, *topics), place)
@@ -256,14 +243,15 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     )
 
 
-def _check_option_names(options: Mapping[str, Any], wrong: Wrong) -> None:
+def check_option_names(options: Iterable[str], known: Sequence[str], wrong: Wrong) -> None:
+    """Refuse an unknown option; name the one that was meant."""
     for option in options:
-        if option not in OPTIONS:
-            near = difflib.get_close_matches(option, OPTIONS, 1)
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
             raise wrong(
                 f"unknown option {option!r}"
                 + (f", did you mean {near[0]!r}?" if near else "")
-                + f" (there are: {', '.join(OPTIONS)})"
+                + f" (there are: {', '.join(known)})"
             )
 
 

@@ -13,7 +13,7 @@ from consumer.core import decode
 from consumer.core.errors import RegistrationError
 from consumer.core.message import Message
 
-Function: TypeAlias = Callable[..., Awaitable[object]]
+Function: TypeAlias = Callable[..., Awaitable[Any]]
 Wrong: TypeAlias = Callable[[str], RegistrationError]  # problem -> the error, which names the handler
 
 

@@ -110,7 +110,7 @@ def test_handler_name_with_a_lone_surrogate_is_refused(name: str) -> None:
         topics = ["orders"] if options else [f"orders{name}"]
         with pytest.raises(RegistrationError, match="lone surrogate"):
 
-            @app.handler(*topics, **options)  # type: ignore[arg-type]
+            @app.handler(*topics, **options)  # type: ignore[call-overload, untyped-decorator]
             async def settle(order: bytes) -> None: ...
 
 

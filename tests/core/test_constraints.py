@@ -168,7 +168,7 @@ def test_a_constraint_that_would_be_ignored_is_refused_with_what_works(declared:
     for hint, options in ((declared, {}), (Message[declared], {}), (list[declared], {"batch": 5})):
         handle.__annotations__["value"] = hint
         with pytest.raises(RegistrationError, match=says) as caught:
-            App("shop").handler("t", **options)(handle)  # type: ignore[arg-type]
+            App("shop").handler("t", **options)(handle)  # type: ignore[call-overload]
         assert "\n" not in str(caught.value) and "'handle'" in str(caught.value)
 
 
