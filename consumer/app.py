@@ -103,7 +103,7 @@ class App:
         try:
             check_option(decode)
             self.encode = encode_function(encode)
-            self._encoder = encode
+            self.encoder = encode
             self._has_registry = False
         except RegistrationError as error:
             raise RegistrationError(f"App({name!r}): {error}") from None
@@ -265,12 +265,12 @@ class App:
         """
         self._has_registry = True
         codecs: list[Any] = [handler.decode for handler in self._handlers.values() if handler.schema_needed is not None]
-        if hasattr(self._encoder, "use_registry"):
-            codecs.append(self._encoder)
+        if hasattr(self.encoder, "use_registry"):
+            codecs.append(self.encoder)
         if codecs:
             # Dynamic: its client takes time to import, and few Apps need it.
             open_registry = importlib.import_module("consumer.decoders.preparation").open_registry
-            await open_registry(codecs, self._encoder, self.publishes, settings or Settings())
+            await open_registry(codecs, self.encoder, self.publishes, settings or Settings())
 
     def worker(self, settings: Settings | None = None) -> AbstractAsyncContextManager[EmbeddedWorker]:
         """Run one worker in this process while a block runs.

@@ -5,10 +5,10 @@ Reads, and records who looked at a message.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from consumer.admin.bytes_as_text import text_or_base64
 from consumer.core.dead_letter_seal import altered, is_erased
 from consumer.postgres import dead_letter_actions, dead_letter_queries
 from consumer.postgres.dead_letter_actions import Action
@@ -68,12 +68,12 @@ async def dead_letter(connection: Connection, number: int) -> dict[str, Any] | N
         "died_at": row["died_at"].isoformat(),
         "waits_behind": row["first"],
         "waiting_behind_it": row["behind"],
-        "key": _text_or_base64(row["key"]),
+        "key": text_or_base64(row["key"]),
         "headers": [
-            [_text_or_base64(name), _text_or_base64(value)]
+            [text_or_base64(name), text_or_base64(value)]
             for name, value in zip(row["header_keys"], row["header_values"], strict=True)
         ],
-        "value": _text_or_base64(row["value"]),
+        "value": text_or_base64(row["value"]),
         "altered": altered(row),
         "erased": is_erased(row),
         "actions": [_action(action) for action in await dead_letter_queries.actions(connection, number, _ACTIONS_MAX)],
@@ -123,14 +123,5 @@ def _action(row: Any) -> dict[str, Any]:
         **dict(row),
         "at": row["at"].isoformat(),
         "new_id": row["new_id"].hex if row["new_id"] is not None else None,
-        "new_value": _text_or_base64(row["new_value"]),
+        "new_value": text_or_base64(row["new_value"]),
     }
-
-
-def _text_or_base64(raw: bytes | None) -> str | dict[str, str] | None:
-    if raw is None:
-        return None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(raw).decode()}

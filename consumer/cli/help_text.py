@@ -32,6 +32,7 @@ _HEADINGS = (
     ("", "Limits"),
 )
 _ORDER = (
+    "Message",
     "Filters",
     "Range",
     "Move",

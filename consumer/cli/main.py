@@ -23,6 +23,7 @@ from consumer.cli.framework import cli
 _MODULES = (
     "run",
     "config",
+    "produce",
     "migrate",
     "status",
     "show",

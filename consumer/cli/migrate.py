@@ -60,7 +60,9 @@ _PublishOnly = Annotated[
 _Files = Annotated[
     list[Path] | None,
     typer.Option(
-        "--file", help="your own SQL, run after ours in the same transaction; write it so that it may run again"
+        "--file",
+        metavar="FILE",
+        help="your own SQL, run after ours in the same transaction; write it so that it may run again",
     ),
 ]
 _NewEpoch = Annotated[

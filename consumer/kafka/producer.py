@@ -10,6 +10,8 @@ from aiokafka import AIOKafkaProducer
 from consumer.kafka.client import connection_options, start_client
 from consumer.settings import Settings
 
+_RECORD_BYTES_MAX = 1 << 30  # topics may take more than this client's own limit of 1 MiB; the broker decides
+
 
 @asynccontextmanager
 async def open_producer(settings: Settings, *, idempotent: bool = False) -> AsyncIterator[AIOKafkaProducer]:
@@ -20,7 +22,11 @@ async def open_producer(settings: Settings, *, idempotent: bool = False) -> Asyn
     """
     producer = await start_client(
         lambda: AIOKafkaProducer(
-            **connection_options(settings), acks="all", linger_ms=5, enable_idempotence=idempotent
+            **connection_options(settings),
+            acks="all",
+            linger_ms=5,
+            enable_idempotence=idempotent,
+            max_request_size=_RECORD_BYTES_MAX,
         ),
         settings,
         settings.wait_seconds,

@@ -204,6 +204,7 @@ async def _other_commands(contract: Contract) -> None:
     contract.run("show", "show", "a")
     contract.run("show", "show", "c")
     contract.run("show", "show", "never seen")
+    contract.run("produce", "produce", contract.topic, '{"id": "new"}', "--key", "k", "--dry-run")
     contract.run("probe", "probe")
     contract.run("diagram", "diagram")
     rules = ["--handler", "settle", "--accept-id-rule"]

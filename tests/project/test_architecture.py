@@ -89,6 +89,7 @@ LIBRARIES = {
 
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.
 PURE = {
+    "admin/produce_plan.py",
     "admin/purge_plan.py",
     "console/figures.py",
     "console/tokens.py",
