@@ -22,6 +22,7 @@ import pytest
 from harness import Place, execute, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from postgres_in_memory import PostgresInMemory
 from services import Kafka
 from shop_browser import Browser
 from worker_log import WorkerLog
@@ -87,7 +88,7 @@ def kafka() -> Iterator[Kafka]:
 def postgres() -> Iterator[Postgres]:
     # Processes are killed here, machines are not: without fsync the same guarantees hold, and the disk is left alone.
     # Tests connect thousands of times: a login is hashed once, not 4,096 times on both sides.
-    with Postgres({"fsync": "off", "scram_iterations": "1"}) as server:
+    with PostgresInMemory({"fsync": "off", "scram_iterations": "1"}) as server:
         user = urlsplit(server.dsn())
         asyncio.run(execute(server.dsn(), f"alter role {user.username} password '{user.password}'"))
         yield server
