@@ -60,6 +60,16 @@ hypothesis_settings.load_profile("core")
 _LONG_FILES = [line for line in (Path(__file__).parent / "long_files.txt").read_text().splitlines() if line[0] != "#"]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file without a pure test, if only those are wanted.
+
+    Each process of a run collects all files.
+    """
+    if config.option.markexpr == "unit" and collection_path.suffix == ".py":
+        return "pytest.mark.unit" not in collection_path.read_text("utf-8") or None
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the longest files, if processes share the work."""
     if hasattr(config, "workerinput"):

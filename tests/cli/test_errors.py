@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT
+from source_trees import nodes_of, text_of
 
 pytestmark = pytest.mark.unit
 
@@ -29,7 +30,7 @@ def texts(path: Path) -> Iterator[tuple[int, str, str]]:
     What is inserted into the text is `{}`.
     """
     errors = ERRORS | {"Refused"} if path.parent.name in ("cli", "admin") else ERRORS  # elsewhere it is another class
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes_of(text_of(path)):
         match node:
             case ast.Raise(exc=ast.Call(func=ast.Name(id=name), args=[argument])) if name in errors:
                 choices = [argument.body, argument.orelse] if isinstance(argument, ast.IfExp) else [argument]

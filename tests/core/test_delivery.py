@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_trees import nodes_of, text_of
 
 import consumer
 from consumer.core.delivery import Delivery
@@ -31,7 +32,7 @@ WRITERS = {
 
 def writes(path: Path) -> Iterator[str]:
     """The fields that a file assigns on a Delivery."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes_of(text_of(path)):
         if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
             continue
         if isinstance(node.value, ast.Name) and node.value.id in NAMES:

@@ -6,7 +6,6 @@ In code and in documents.
 from __future__ import annotations
 
 import ast
-import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support")]
 
 import documents  # noqa: E402
+from source_trees import nodes_of, text_of  # noqa: E402
 
 pytestmark = pytest.mark.unit
 
@@ -57,24 +57,18 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@functools.cache
-def tree_of(source: str) -> ast.Module:
-    """A source parsed, once for all checks."""
-    return ast.parse(source)
-
-
 def words_of(path: Path) -> list[str]:
     """The banned words of a file.
 
     Code in a document does not count: it is tested in its own file.
     """
-    text = documents.prose(path) if path.suffix == ".md" else path.read_text("utf-8")
+    text = documents.prose(path) if path.suffix == ".md" else text_of(path)
     return [match[0] for match in BANNED.finditer(text.replace("_", " "))]
 
 
 def docstrings_of(path: Path) -> Iterator[tuple[str, str]]:
     """Name and first paragraph's first line of each docstring."""
-    for node in ast.walk(tree_of(path.read_text("utf-8"))):
+    for node in nodes_of(text_of(path)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
@@ -93,7 +87,7 @@ def badly_formed(path: Path) -> list[str]:
 def banned_names_of(source: str, allowed: Set[str] = frozenset()) -> list[str]:
     """The variables, parameters, attributes and functions whose names say nothing."""
     names: list[tuple[int, str]] = []
-    for node in ast.walk(tree_of(source)):
+    for node in nodes_of(source):
         match node:
             case ast.Name(name, ast.Store()) | ast.Attribute(_, name, ast.Store()):
                 names.append((node.lineno, name))
@@ -124,7 +118,7 @@ def test_docstrings_begin_with_a_short_sentence() -> None:
 
 def test_names_say_what_they_hold() -> None:
     def refused_names(path: Path) -> list[str]:
-        return banned_names_of(path.read_text("utf-8"), NAMES_ALLOWED.get(_name(path), set()))
+        return banned_names_of(text_of(path), NAMES_ALLOWED.get(_name(path), set()))
 
     assert _faults(refused_names, SOURCES) == {}
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_trees import nodes_of
 
 pytestmark = pytest.mark.unit
 
@@ -126,9 +127,9 @@ class _Source:
     """One file, and what its variables are assigned."""
 
     def __init__(self, path: Path) -> None:
-        self.tree = ast.parse(path.read_text("utf-8"))
+        self.nodes = nodes_of(path.read_text("utf-8"))
         self.assigned: dict[str, list[ast.expr]] = defaultdict(list)
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             match node:
                 case ast.Assign(targets=targets, value=value):
                     for target in targets:
@@ -182,7 +183,7 @@ class _Source:
 
     def statements(self) -> Iterator[tuple[int, list[ast.expr]]]:
         """SQL that is put together, with the expressions in it."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             text, parts = "", list[ast.expr]()
             match node:
                 case ast.JoinedStr(values=values):

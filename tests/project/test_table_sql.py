@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_trees import nodes_of, text_of
 
 pytestmark = pytest.mark.unit
 
@@ -104,15 +105,15 @@ _WRITE = re.compile(
 
 def texts_of(path: Path) -> Iterator[tuple[int, str]]:
     """The string constants of a file, without docstrings."""
-    tree = ast.parse(path.read_text("utf-8"))
+    nodes = nodes_of(text_of(path))
     docstrings = {
         id(node.body[0].value)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.lineno, node.value
 

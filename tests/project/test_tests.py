@@ -11,6 +11,7 @@ from chaos.mutants import MUTANTS as CHAOS_MUTANTS
 from chaos.mutants import install
 from harness import ROOT
 from replacing import INHERITED, NothingToReplace, replace, replace_everywhere, undone_at_the_end
+from source_trees import nodes_of, text_of
 from verdicts.mutants import MUTANTS as VERDICT_MUTANTS
 from verdicts.mutants import broken as broken_verdicts
 
@@ -43,7 +44,7 @@ NO_SUBJECTS = {
 def imported_modules(source: str) -> set[str]:
     """The last parts of the names of all imported modules."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -57,7 +58,7 @@ def test_modules_of_tests_import_no_other_test_module() -> None:
     importing = {
         str(path.relative_to(TESTS)): sorted(shared)
         for path in TESTS.rglob("*.py")
-        if (shared := imported_modules(path.read_text("utf-8")) & test_modules)
+        if (shared := imported_modules(text_of(path)) & test_modules)
     }
     assert importing == {}, "move what they share to tests/support"
 
@@ -66,7 +67,7 @@ def names_without_subject(source: str) -> list[str]:
     """The tests whose names are too long, or have no subject."""
     return [
         node.name
-        for node in ast.walk(ast.parse(source))
+        for node in nodes_of(source)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.name.startswith("test_")
         and (len(node.name) > NAME_MAX or node.name.split("_")[1] in NO_SUBJECTS)
@@ -77,7 +78,7 @@ def private_patches(source: str) -> list[str]:
     """The private names that a test replaces by `monkeypatch`."""
     return [
         str(node.args[1].value)
-        for node in ast.walk(ast.parse(source))
+        for node in nodes_of(source)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "setattr"
@@ -89,9 +90,7 @@ def private_patches(source: str) -> list[str]:
 
 @pytest.mark.parametrize("check", [names_without_subject, private_patches])
 def test_tests_follow_the_rule(check: Callable[[str], list[str]]) -> None:
-    faults = {
-        str(path.relative_to(TESTS)): names for path in TESTS.rglob("*.py") if (names := check(path.read_text("utf-8")))
-    }
+    faults = {str(path.relative_to(TESTS)): names for path in TESTS.rglob("*.py") if (names := check(text_of(path)))}
     assert faults == {}
 
 

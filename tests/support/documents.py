@@ -8,6 +8,7 @@ test refuses.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+from source_trees import text_of, tree_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -215,12 +218,13 @@ def _level(node: ast.expr) -> str:
     return "?"
 
 
+@functools.cache
 def logged() -> tuple[list[Event], list[str]]:
     """All events of consumer/, and the calls whose text is unknown."""
     events: list[Event] = []
     unknown: list[str] = []
     files = sorted((ROOT / "consumer").rglob("*.py"))
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in files}
+    trees = {path: tree_of(text_of(path)) for path in files}
     everywhere: dict[str, str] = {}
     for tree in trees.values():
         everywhere |= {name: text for name, text in _constants(tree).items() if name.isupper()}

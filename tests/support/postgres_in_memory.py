@@ -1,6 +1,6 @@
 """PostgreSQL whose files are in memory.
 
-A database for each test is 300 files. ext4 looks for inodes that nobody has deleted in the last seconds, one by one: 43 to
+A database for each test is 300 files. ext4 looks one by one for inodes that were not deleted in the last seconds: 43 to
 280 ms of CPU time for `CREATE DATABASE` beside `DROP DATABASE`, 15 ms in memory (measured on Linux 6.18, 2026-11-30). That
 was a fifth of the CPU time of all tests.
 """
@@ -19,9 +19,9 @@ _NEEDED = 4 << 30  # bytes; a run of all tests uses less than 1 GB
 
 
 class PostgresInMemory(Postgres):
-    """A server in /dev/shm, if it has 4 GB, else where other servers are.
+    """A server in /dev/shm, if that has 4 GB.
 
-    What it has written survives its own kill, as on a disk, but not the machine's.
+    Else it is where other servers are. What it has written survives its own kill, as on a disk, but not the machine's.
     """
 
     name = "postgresql-test"
