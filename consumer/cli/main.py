@@ -22,6 +22,7 @@ from consumer.cli.framework import cli
 # Each module registers its commands.
 _MODULES = (
     "run",
+    "new",
     "config",
     "produce",
     "migrate",

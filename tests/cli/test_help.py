@@ -99,7 +99,7 @@ PARAMETERS = {path: _command(path).params for path in COMMANDS}
 OWN_FLAGS_MAX = 7  # under one heading, beside those of settings
 
 
-@pytest.mark.parametrize("command", [path for path in COMMANDS if path != ("demo",)], ids=" ".join)
+@pytest.mark.parametrize("command", [path for path in COMMANDS if path not in {("demo",), ("new",)}], ids=" ".join)
 def test_app_is_the_first_argument_of_every_command(command: tuple[str, ...]) -> None:
     arguments = [param for param in PARAMETERS[command] if param.param_type_name == "argument"]
     assert (arguments[0].name, arguments[0].metavar.strip("[]")) == ("app", "APP")

@@ -237,6 +237,7 @@ async def _outbox(contract: Contract) -> None:
 
 def _demo_and_shards(contract: Contract) -> None:
     contract.compare("demo", json.loads(DemoResult().as_json()), "demo")
+    contract.compare("new", json.loads(consumer(contract.directory, "new", "orders_v2", "--json").stdout), "new")
     good = contract.place.worker_dsn
     shards = {"a": good, "b": f"postgresql://u@127.0.0.1:{free_port()}/x"}
     (contract.directory / f"{contract.module}_shards.py").write_text(SHARDED.format(shards=shards))

@@ -61,6 +61,7 @@ LAYERS = [
     "worker",
     "demo",
     "console",
+    "new_service",
     "cli",
     "__main__",
 ]
@@ -111,6 +112,7 @@ PURE = {
     "metrics/fleet.py",
     "metrics/recorder.py",
     "metrics/totals.py",
+    "new_service/name_rules.py",
     "outbox/__init__.py",
     "outbox/dead_letter_copy.py",
     "outbox/digest.py",

@@ -27,6 +27,8 @@ LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json",
 # Programs that a shell block may name beside ours.
 PROGRAMS = {
     ".",
+    "cd",
+    "set",
     "python3",
     "pip",
     "python",

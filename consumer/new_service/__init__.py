@@ -1,0 +1,1 @@
+"""`consumer new`: a small service, written from templates into a new folder."""
