@@ -17,7 +17,7 @@ import compose_spec
 import documents
 import pytest
 import yaml
-from harness import ROOT, Place, Sent, consumer, is_one_line, new_topic, query, running, until, value
+from harness import ROOT, Place, consumer, is_one_line, new_topic, query, running, until, value
 
 from consumer.new_service.name_rules import problem_of
 from consumer.new_service.writing import rendered
@@ -156,8 +156,6 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 async def test_the_page_about_it_works_as_pasted(place: Place, tmp_path: Path) -> None:
     """The service of the page passes its tests, starts, and applies a message."""
     await new_topic(place.kafka, 2, "orders")
-    order = {"order_id": "8f14e45f-ceea-467f-9d1c-2b2ab5c5a3f0", "customer": "ada", "amount": 100}
-    await place.send("orders", Sent(order), Sent(order))
     directory, ran = tmp_path, []
     for words in commands_of(ROOT / "docs" / "how-to" / "new-service.md"):
         ran.append(words[1])
@@ -176,9 +174,10 @@ async def test_the_page_about_it_works_as_pasted(place: Place, tmp_path: Path) -
 
                 await until("both messages to be settled", is_settled, 90)
         else:
-            done = await asyncio.to_thread(consumer, directory, *words[1:], CONSUMER_POSTGRES_DSN=place.dsn)
+            services = {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka}
+            done = await asyncio.to_thread(consumer, directory, *words[1:], **services)
             assert done.returncode == 0, (words, done.stderr)
-    assert ran == ["new", "orders", "-m", "migrate", "run"]
+    assert ran == ["new", "orders", "-m", "migrate", "produce", "produce", "run"]
     assert await query(place.dsn, "select customer, total from customers") == [("ada", 100)]
 
 
