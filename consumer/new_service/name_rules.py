@@ -26,9 +26,9 @@ _TAKEN = {
 
 
 def problem_of(name: str, is_installed: Callable[[str], bool]) -> str | None:
-    """Return what is wrong with a name, and what to do; None if it is good.
+    """Return what is wrong with a name; None if it is good.
 
-    is_installed: whether an import would find an installed package of that name instead.
+    The text also says what to do. is_installed: whether an import would find an installed package of that name instead.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > _LENGTH_MAX:
         better = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_0123456789")[:_LENGTH_MAX].strip("_")

@@ -123,7 +123,7 @@ def test_a_service_of_any_name_passes_its_linter(tmp_path: Path, name: str) -> N
 
 
 def run(directory: Path, *command: str | Path, **environment: str) -> str:
-    """Run a program as a newcomer would, with no setting of this process."""
+    """Run a program with no setting of this process."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     done = subprocess.run(
         list(map(str, command)),
@@ -154,7 +154,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 
 
 async def test_the_page_about_it_works_as_pasted(place: Place, tmp_path: Path) -> None:
-    """The service of the page passes its tests, starts, and applies a message."""
+    """The service passes its tests, and applies a message."""
     await new_topic(place.kafka, 2, "orders")
     directory, ran = tmp_path, []
     for words in commands_of(ROOT / "docs" / "how-to" / "new-service.md"):
