@@ -43,11 +43,14 @@ class Statements(NamedTuple):
     """The statements of a claim's transaction.
 
     Their parameters are handler, id, fingerprint, topic, partition, offset and applied, as arrays. Those that end in
-    _alike are for messages of one handler and partition.
+    _alike are for messages of one handler and partition. claim_new fails where an id has a claim; None while it cannot
+    know, because an id may be claimed in more than one place.
     """
 
     claim: str
     claim_alike: str
+    claim_new: str | None
+    claim_new_alike: str | None
     standing: str
     standing_alike: str
     release_claims: str
@@ -94,6 +97,21 @@ from offered o left join lateral (
     from {ledger} l where l.handler = o.handler and l.id = o.id limit 1
 ) as found on true
 """
+# A plain insert: 3.0 us of PostgreSQL's CPU time for a row, where the claim that returns what it has lost takes 6.2, and a
+# fifth less WAL (measured with PostgreSQL 18). Its answer has the columns of _LOST.
+_NEW = """
+with claimed as (
+    insert into {target} (handler, id, fingerprint, topic, partition, "offset", applied_at) {offered} order by handler, id
+)
+select null::int8[], null::int8[], null::int8[], null::int8[], null::int8[], (select version from consumer.ledger_state)
+"""
+_NEW_OFFERED = """
+    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
+    from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
+        as o(handler, id, fingerprint, topic, partition, "offset", applied)"""
+_NEW_OFFERED_ALIKE = """
+    select $1::int2 as handler, id, fingerprint, $4::int2, $5::int4, "offset", case when $7::bool then now() end
+    from unnest($2::uuid[], $3::int8[], $6::int8[]) as o(id, fingerprint, "offset")"""
 # Hashed: a join would run as nested loops, since the planner expects few rows.
 _NOT_CLAIMED = "where (o.handler, o.id) not in (select handler, id from claimed)"
 _OF_THEM = "{source} where ((handler, id) in (select handler, id from turned)) is true"
@@ -121,9 +139,12 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
     release_claims = _RELEASE_CLAIMS.format(target=_read(target))
     if turning:
         release_claims = _RELEASE_CLAIMS_TURNING + release_claims
+    is_one_place = live == (target,) and not turning
     return Statements(
         claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
         claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,
+        claim_new=_NEW.format(target=_write(target), offered=_NEW_OFFERED) if is_one_place else None,
+        claim_new_alike=_NEW.format(target=_write(target), offered=_NEW_OFFERED_ALIKE) if is_one_place else None,
         standing=_OFFERED + lost,
         standing_alike=_OFFERED_ALIKE + lost,
         release_claims=release_claims,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
+from consumer.core.claim_history import ClaimHistory
 from consumer.core.delivery import Delivery
 from consumer.core.retention import is_time, may_be_forgotten
 from consumer.postgres import generations
@@ -18,7 +19,6 @@ from consumer.postgres.claim_sql import FIRST, READ, STANDING, Generations, Stat
 from consumer.postgres.errors import Conflict
 from consumer.postgres.protocol import Connection
 
-_MOSTLY_KNOWN = 0.5
 _VERSIONS_MAX = 10  # of the ledger that may pass during one claim
 
 
@@ -62,14 +62,23 @@ _EXISTING = {
 class Claims:
     """Claims ids on one connection, in the live generations.
 
-    begin: starts the connection's transaction again, after a claim found that the ledger has turned.
+    begin: starts the connection's transaction again, after a claim found that the ledger has turned, or that an id is not
+    new. is_first: whether a claim is the first statement of its transaction, so that nothing but the claim is undone.
     """
 
-    def __init__(self, connection: Connection, begin: Callable[[], Awaitable[None]], clock_skew_hours: float) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        begin: Callable[[], Awaitable[None]],
+        clock_skew_hours: float,
+        *,
+        is_first: bool = True,
+    ) -> None:
         self._connection = connection
         self._begin = begin
         self._skew_ms = round(clock_skew_hours * 3_600_000)
-        self.share_known = 0.0  # of the ids of the latest claim
+        self._is_first = is_first
+        self.history = ClaimHistory()
         self.generations = FIRST  # as of the latest read; a claim notices when they have changed
 
     async def read_generations(self) -> None:
@@ -90,7 +99,7 @@ class Claims:
         """
         known: dict[Delivery, ExistingClaim] = {}
         unknown = deliveries
-        if self.share_known > _MOSTLY_KNOWN:  # as in a replay: looking costs half as much as losing a claim
+        if self.history.expects_known:
             known, unknown = _existing(deliveries, await self.ask(deliveries, topics, to_claim=False))
         existing = known
         if unknown:
@@ -99,7 +108,7 @@ class Claims:
                 # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
                 existing |= await self.claims_of(unseen, topics)
             existing |= known
-        self.share_known = len(existing) / len(deliveries)
+        self.history.claimed(len(deliveries), len(existing))
         return existing
 
     async def claims_of(
@@ -163,26 +172,27 @@ class Claims:
         return statements(self.generations.target, self.generations.turning, self.generations.live)
 
     async def ask(self, deliveries: Sequence[Delivery], topics: Mapping[str, int], *, to_claim: bool) -> Any:
-        """Claim or look; in a new transaction if the ledger has turned."""
+        """Claim or look.
+
+        In a new transaction if the ledger has turned, or if an id is known although all were expected to be new.
+        """
         alike = _offers_alike(deliveries, topics)
         offers = alike if alike is not None else _offers(deliveries, topics)
+        expects_new = to_claim and self._is_first and self.history.expects_new
         for _ in range(_VERSIONS_MAX):
             error = None
-            match to_claim, alike is not None:
-                case True, True:
-                    statement = self._statements.claim_alike
-                case True, False:
-                    statement = self._statements.claim
-                case False, True:
-                    statement = self._statements.standing_alike
-                case _:
-                    statement = self._statements.standing
+            statement = self._statement(to_claim, expects_new, alike is not None)
             try:
                 lost = await self._connection.fetchrow(statement, *offers)
                 if lost[5] == self.generations.version:
                     return lost
             except asyncpg.UndefinedTableError as gone:  # a generation that was dropped, maybe
                 error = gone
+            except asyncpg.UniqueViolationError:
+                if not expects_new:
+                    raise
+                expects_new = False
+                self.history.surprised()
             # So far, the transaction contains only this claim and reads, so it can be undone.
             await self._connection.execute("rollback")
             before = self.generations
@@ -191,6 +201,16 @@ class Claims:
                 raise error
             await self._begin()
         raise Conflict("the ledger turned again and again")
+
+    def _statement(self, to_claim: bool, expects_new: bool, is_alike: bool) -> str:
+        """Return the statement that claims or looks."""
+        texts = self._statements
+        new = texts.claim_new_alike if is_alike else texts.claim_new
+        if expects_new and new is not None:
+            return new
+        if to_claim:
+            return texts.claim_alike if is_alike else texts.claim
+        return texts.standing_alike if is_alike else texts.standing
 
 
 async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:

@@ -73,7 +73,12 @@ class Session:
         self.epoch = identity.epoch
         self._write_positions = positions.write_statement(identity.stamp_sql)
         self.installation = installation  # which schema: constant, also over restores, until it is recreated
-        self.claims = Claims(connection, lambda: self.begin(), settings.ledger_clock_skew_hours)
+        self.claims = Claims(
+            connection,
+            lambda: self.begin(),
+            settings.ledger_clock_skew_hours,
+            is_first=self.owns_positions,  # a retry of dead letters locks and revives before
+        )
         limits = session_settings(settings) if settings.postgres_pooler else {}
         # A pooler shares the server's session, so each transaction sets its own limits, and nothing outlives it.
         local = "".join(
