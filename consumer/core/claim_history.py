@@ -27,12 +27,18 @@ class ClaimHistory:
 
     @property
     def expects_known(self) -> bool:
-        """Whether most ids are known, as in a replay: looking costs half as much as losing a claim."""
+        """Whether most ids are known, as in a replay.
+
+        Then looking costs half as much as losing a claim.
+        """
         return self.share_known > _MOSTLY_KNOWN
 
     @property
     def expects_new(self) -> bool:
-        """Whether all ids are new: a plain insert costs half as much as a claim that may lose."""
+        """Whether all ids are new.
+
+        Then a plain insert costs half as much as a claim that may lose.
+        """
         return self._clean >= self._needed
 
     def surprised(self) -> None:
@@ -44,6 +50,6 @@ class ClaimHistory:
         self._clean = 0
 
     def claimed(self, ids: int, known: int) -> None:
-        """Record how many ids a claim had, and how many of them were known."""
+        """Record how many ids a claim had, and how many were known."""
         self.share_known = known / ids
         self._clean = 0 if known else self._clean + 1

@@ -144,6 +144,7 @@ SCENARIOS = [
     Scenario("M24", frozenset({"I13"}), publishes=True, die="outbox_sending:1"),
     Scenario("M25", frozenset({"I13"}), publishes=True, die="outbox_sending:1", prepare=_REMOVE),
     Scenario("M26", frozenset({"I13"}), publishes=True),
+    Scenario("M27", frozenset({"I2"}), before=[Message(0)], after=[Message(0), Message(1)], redis=False),
 ]  # fmt: skip
 
 

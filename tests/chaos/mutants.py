@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaConsumer
 from asyncpg.pgproto.pgproto import UUID
 from replacing import replace
 
-from consumer.core import cloudevents
+from consumer.core import claim_history, cloudevents
 from consumer.core.delivery import Delivery
 from consumer.core.identity import message_id, offset_id
 from consumer.core.log_identity import Position
@@ -30,6 +30,7 @@ from consumer.handler_records.settled_ranges import HandlerChanges
 from consumer.kafka import consumer as kafka
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.outbox.send_queues import Row
+from consumer.postgres import claim_sql
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
@@ -388,6 +389,14 @@ def m25_rows_removed_before_they_are_sent() -> None:
 def m26_random_ids() -> None:
     """An input that is applied again publishes under other ids."""
     replace(publishing, "derived_id", lambda *_: uuid4().bytes)
+
+
+def m27_new_ids_that_may_be_known() -> None:
+    """A claim that expects only new ids passes over known ones."""
+    replace(claim_history, "_CLEAN_MIN", 0)
+    replace(
+        claim_sql, "_NEW", claim_sql._NEW.replace("order by handler, id", "order by handler, id on conflict do nothing")
+    )
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

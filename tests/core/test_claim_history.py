@@ -12,7 +12,10 @@ pytestmark = pytest.mark.unit
 
 
 def guesses(pattern: list[bool]) -> tuple[int, int]:
-    """How often only new ids are expected, wrongly and rightly. True: the claim has a known id."""
+    """How often only new ids are expected, wrongly and rightly.
+
+    True: the claim has a known id.
+    """
     history, wrong, right = ClaimHistory(), 0, 0
     for is_known in pattern:
         if history.expects_new and is_known:

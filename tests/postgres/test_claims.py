@@ -1,4 +1,4 @@
-"""Claims give the same answers whatever they expect: known ids, new ids, or nothing."""
+"""Claims give the same answers whatever ids they expect."""
 
 from __future__ import annotations
 
@@ -214,9 +214,7 @@ async def test_claim_that_expects_new_ids_is_a_plain_insert(claims: Claimants, d
     assert [text for text in asked if "insert into" in text] == [statements.claim_new_alike, statements.claim_new]
 
 
-async def test_claim_of_an_open_transaction_is_waited_for_where_new_ids_are_expected(
-    claims: Claimants, database: str
-) -> None:
+async def test_claim_of_an_open_transaction_is_waited_for_by_a_plain_one(claims: Claimants, database: str) -> None:
     session, other = await expecting_session(claims), await claims.session()
     watcher = await asyncpg.connect(database)
 
@@ -236,10 +234,11 @@ async def test_claim_of_an_open_transaction_is_waited_for_where_new_ids_are_expe
     await watcher.close()
 
 
-async def test_claim_that_expects_new_ids_goes_into_the_generation_that_began_meanwhile(
-    claims: Claimants, database: str
-) -> None:
-    """Before that, an id may be claimed in two places, which a plain insert does not see."""
+async def test_claim_that_expects_new_ids_sees_every_generation(claims: Claimants, database: str) -> None:
+    """Meanwhile an id may be claimed in two places.
+
+    A plain insert does not see that.
+    """
     session = await expecting_session(claims)
     known = [uuid4() for _ in range(3)]
     await claims.commit(session, claims.deliveries(known))
@@ -259,7 +258,10 @@ async def test_claim_that_expects_new_ids_goes_into_the_generation_that_began_me
 
 
 async def test_wrong_expectations_waste_few_rows(claims: Claimants, database: str) -> None:
-    """A duplicate in every fifth claim: each surprise doubles the number of clean claims that the next one needs."""
+    """With a duplicate in every fifth claim.
+
+    Each surprise doubles the number of clean claims that the next one needs.
+    """
     session = await claims.session()
     known = uuid4()
     await claims.commit(session, claims.deliveries([known]))

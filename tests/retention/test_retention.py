@@ -56,6 +56,7 @@ class Claims:
         self.dsn = dsn
         self.settings = settings_for(as_worker(dsn), "127.0.0.1:1")
         self.opened: list[Session] = []
+        self.expects_new = False
         app = App("retention")
 
         @app.handler(TOPIC)
@@ -94,6 +95,8 @@ class Claims:
     async def claim(self, session: Session, *ids: UUID) -> set[UUID]:
         """Those that were won, in a transaction that is left open."""
         offered = {self.delivery(id): id for id in ids}
+        while self.expects_new and not session.claims.history.expects_new:
+            session.claims.history.claimed(1, 0)
         await session.begin()
         lost = await session.claim(list(offered), self.topics)
         return {id for delivery, id in offered.items() if delivery not in lost}
@@ -193,8 +196,10 @@ async def run_order(claims: Claims, sessions: dict[str, Session], order: str, en
         await session.rollback()
 
 
-async def test_two_claims_never_both_win_in_any_order_with_a_turn(claims: Claims) -> None:
+@pytest.mark.parametrize("expects_new", [False, True])
+async def test_two_claims_never_both_win_in_any_order_with_a_turn(claims: Claims, expects_new: bool) -> None:
     """From each phase of a turn on."""
+    claims.expects_new = expects_new
     sessions = {"a": await claims.session(), "b": await claims.session()}
     tried = 0
     for phase in ("turned", "opened", "moved"):
