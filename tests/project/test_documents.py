@@ -27,6 +27,7 @@ LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json",
 # Programs that a shell block may name beside ours.
 PROGRAMS = {
     ".",
+    "alembic",
     "cd",
     "set",
     "python3",
