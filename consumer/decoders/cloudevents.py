@@ -47,7 +47,7 @@ class CloudEvents:
         if mode not in ("structured", "binary"):
             raise ValueError(f'CloudEvents(mode={mode!r}): "structured" or "binary"')
         self.inner = data
-        self._is_binary = mode == "binary"
+        self.is_binary = mode == "binary"
 
     def decode(self, record: Record) -> CloudEvent[Any] | None:
         """Return the event; None for a null value without an event's headers.
@@ -132,7 +132,7 @@ class CloudEvents:
                 raise Unfit("time of a CloudEvent needs a time zone")
             attributes["time"] = value.time.isoformat()
         attributes |= value.extensions
-        if self._is_binary:
+        if self.is_binary:
             return self._binary(value, attributes)
         if isinstance(value.data, bytes):
             attributes["data_base64"] = base64.b64encode(value.data).decode()

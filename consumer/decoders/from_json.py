@@ -1,6 +1,6 @@
-"""Writes what people type as JSON in the format that handlers read.
+"""Between JSON, for people, and the format that handlers read.
 
-Pure. For `consumer produce`: where handlers read plain JSON, text or bytes, what is typed is sent as it is. Limitations:
+Pure. For `consumer produce` and `tail`: where handlers read plain JSON, text or bytes, what is typed is sent as it is. Limitations:
 a decoder without a method `encode`, in an App without ``encode=``, gets what is typed as it is, too.
 """
 
@@ -15,9 +15,10 @@ import msgspec
 from consumer.core.decode import explain, read_again
 from consumer.core.errors import TransactionMisuse
 from consumer.core.handler import Handler
-from consumer.core.message import LogRecord
+from consumer.core.message import LogRecord, Record
 from consumer.core.models import Unfit
-from consumer.core.record_decoding import converter, is_json
+from consumer.core.record_decoding import Read, converter, is_json
+from consumer.decoders.avro import as_builtins
 from consumer.decoders.envelopes import CloudEvent
 from consumer.outbox.encoding import EncodeFunction, RecordEncoder, encode_function
 from consumer.outbox.encoding import encoded as encode_value
@@ -99,6 +100,17 @@ def _plain(raw: object) -> Any:
         return msgspec.json.decode(text)
     except msgspec.MsgspecError as error:
         return read_again(msgspec.json.decode, text, error)
+
+
+def json_of(read: Read, record: Record) -> bytes | None:
+    """Return a record's decoded value as JSON.
+
+    Its bytes where it cannot be read, or has no form in JSON.
+    """
+    try:
+        return msgspec.json.encode(read(record), enc_hook=as_builtins)
+    except Exception:  # unreadable, or of a type of the application
+        return record.value
 
 
 def field_of(text: bytes, path: Sequence[str]) -> str:

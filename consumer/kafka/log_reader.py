@@ -95,6 +95,24 @@ async def resolve(
 
     Raises Misconfigured if the log holds none of them, or has dropped some.
     """
+    spans = await spans_between(source, partitions, start, end, positions)
+    if not any(part.length for part in spans):
+        begins, ends = await source.log.beginnings(partitions), await source.log.ends(partitions)
+        held = ", ".join(
+            f"{partition.topic}:{partition.partition} {begins[partition]} to {ends[partition]}"
+            for partition in partitions[:8]
+        )
+        raise Misconfigured(f"--from and --until: the range is empty; the log holds {held}")
+    return spans
+
+
+async def spans_between(
+    source: KafkaConsumer, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
+) -> list[Span]:
+    """Return the offsets to read of each partition; there may be none.
+
+    Raises Misconfigured if the log has dropped some.
+    """
     begins, ends = await source.log.beginnings(partitions), await source.log.ends(partitions)
     times: list[dict[Partition, int | None]] = []
     for bound in (start, end):
@@ -126,12 +144,6 @@ async def resolve(
     ]
     if isinstance(end, Time):
         spans = await _with_older_records(source, spans, ends, end.milliseconds)
-    if not any(part.length for part in spans):
-        held = ", ".join(
-            f"{partition.topic}:{partition.partition} {begins[partition]} to {ends[partition]}"
-            for partition in partitions[:8]
-        )
-        raise Misconfigured(f"--from and --until: the range is empty; the log holds {held}")
     return spans
 
 

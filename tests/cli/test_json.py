@@ -205,6 +205,7 @@ async def _other_commands(contract: Contract) -> None:
     contract.run("show", "show", "c")
     contract.run("show", "show", "never seen")
     contract.run("produce", "produce", contract.topic, '{"id": "new"}', "--key", "k", "--dry-run")
+    contract.run("tail", "tail", contract.topic, "--values", "-n", "1", "--until", "latest")
     contract.run("probe", "probe")
     contract.run("diagram", "diagram")
     rules = ["--handler", "settle", "--accept-id-rule"]

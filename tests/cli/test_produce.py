@@ -45,7 +45,11 @@ async def test_the_page_sends_messages_that_are_applied_once(
     (tmp_path / "payments.jsonl").write_text(f"\ufeff{lines}\r\n\n{lines}")
 
     def run(*arguments: str) -> Any:
-        return consumer(tmp_path, *arguments, CONSUMER_KAFKA_BOOTSTRAP_SERVERS=place.kafka)
+        services = {
+            "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+            "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        }
+        return consumer(tmp_path, *arguments, **services)
 
     sent = ""
     for block in (block for block in blocks if block.language == "sh"):

@@ -93,6 +93,7 @@ LIBRARIES = {
 PURE = {
     "admin/produce_plan.py",
     "admin/purge_plan.py",
+    "admin/tail_messages.py",
     "console/figures.py",
     "console/tokens.py",
     "dead_letters/edits.py",
