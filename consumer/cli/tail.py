@@ -65,7 +65,7 @@ def tail(
         list[str] | None,
         typer.Argument(metavar="[TOPIC...]", help="by default all that the App reads", show_default=False),
     ] = None,
-    values: Annotated[
+    with_values: Annotated[
         bool,
         typer.Option("--values", help="show headers and values too, which may be secret", rich_help_panel="Answer"),
     ] = False,
@@ -109,7 +109,7 @@ def tail(
         last=flags.last,
         partitions=tuple(flags.partitions or ()),
         key=None if flags.key is None else flags.key.encode("utf-8", "surrogateescape"),
-        values=values,
+        values=with_values,
     )
     return _run(Tail(loaded, settings, options), options, as_json)
 
