@@ -173,7 +173,7 @@ def test_types_without_a_schema_are_any_value() -> None:
     ]  # fmt: skip
 
 
-def test_what_a_handler_says_is_in_its_operation() -> None:
+def test_an_operation_says_what_its_handler_does() -> None:
     app = App("shop", publishes=["receipts"])
 
     @app.handler("payments", "refunds", message_id="header:payment-id", name="settle/eu")

@@ -87,7 +87,7 @@ def test_the_id_is_shown_as_its_producer_wrote_it(
     assert shown == expected if "ce_id" not in headers else shown.replace("-", "") == message.id.hex()
 
 
-def test_what_makes_a_message_a_dead_letter_is_named_before_a_worker_sees_it() -> None:
+def test_a_fault_of_form_is_named_before_a_worker_sees_it() -> None:
     assert fault_in(delivery(int, b"1")) is None
     assert fault_in(delivery(int, b'"x"')) == "unreadable: Expected `int`, got `str`"
     assert fault_in(delivery(int, None)) == "no_value: a null value, and the handler does not take None"
