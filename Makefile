@@ -41,7 +41,7 @@ coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## A
 release-check: $(SUPPLY)/.complete ## Build the wheel, install it in a clean environment, run the demo from it (KEEP=yes: for a release)
 	@KEEP=$(KEEP) sh requirements/release-check.sh $(SUPPLY)/bin/uv $(PYTHON)
 
-pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3.11 to 3.13, as far as they are here
+pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3.11 to 3.13, as far as they are here, and SQLAlchemy 2.0
 	@sh tests/pythons.sh $(ARGS)
 
 chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
@@ -76,6 +76,7 @@ lock: $(SUPPLY)/.complete ## Resolve the dependencies again and write requiremen
 		| $(COMPILE) --upgrade - --output-file requirements/docs.lock
 	$(SUPPLY)/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 		| $(COMPILE) --upgrade - --output-file requirements/build.lock
+	echo 'sqlalchemy>=2.0.31,<2.1' | $(COMPILE) --upgrade --no-deps - --output-file requirements/sqlalchemy.lock
 
 bench: $(VENV)/dev $(KAFKA)/.complete ## Speed, as ratios in one run (about 5 minutes)
 	$(BIN)/python benchmarks/run.py $(ARGS)

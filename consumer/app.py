@@ -251,7 +251,14 @@ class App:
             self._bind({})
             yield
             return
-        async with self._lifespan(self) as resources:
+        lifespan = self._lifespan(self)
+        if not isinstance(lifespan, AbstractAsyncContextManager):
+            if inspect.iscoroutine(lifespan):
+                lifespan.close()
+            raise RegistrationError(
+                f"App({self.name!r}): lifespan= returned a {type(lifespan).__name__}; decorate it with @asynccontextmanager"
+            )
+        async with lifespan as resources:
             if resources is None:
                 resources = {}
             self._bind(resources if isinstance(resources, Mapping) else {type(resources).__name__.lower(): resources})

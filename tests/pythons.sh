@@ -1,6 +1,6 @@
 #!/bin/sh
 # Test on the supported Pythons that this machine has beside that of .venv: the core, and commands that need no PostgreSQL.
-# Each has the locked dependencies in .cache/pythonX.Y.
+# Each has the locked dependencies in .cache/pythonX.Y. Then test sessions on the minor version of SQLAlchemy that .venv has not.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -43,3 +43,15 @@ for version in 3.11 3.12 3.13; do
         tests/cli/test_cli.py::test_a_bad_import_string_is_one_line \
         tests/cli/test_cli.py::test_a_bad_setting_is_one_line_that_names_it
 done
+
+place=.cache/sqlalchemy
+installed=$(cat requirements/sqlalchemy.lock .venv/pyvenv.cfg | cksum)
+if [ "$installed" != "$(cat "$place/.complete" 2>/dev/null)" ]; then
+    rm -rf "$place"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target "$place" \
+        --requirement requirements/sqlalchemy.lock
+    echo "$installed" >"$place/.complete"
+fi
+export PYTHONPATH="$place"
+.venv/bin/python -c 'import sqlalchemy; print("SQLAlchemy", sqlalchemy.__version__, "of", sqlalchemy.__file__)'
+.venv/bin/python -m pytest -q -p no:cacheprovider "$@" tests/ext

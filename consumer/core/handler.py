@@ -18,7 +18,7 @@ import msgspec
 from consumer.core import constraints, decode, fingerprint, identity, record_decoding
 from consumer.core.errors import CallNotMade, RegistrationError
 from consumer.core.handler_options import HANDLER_OPTIONS
-from consumer.core.handler_signature import Function, OrmSession, Resource, Wrong, call_plan
+from consumer.core.handler_signature import Function, OrmSession, Resource, Wrong, call_plan, is_sqlalchemy
 from consumer.core.message import Record
 from consumer.core.retry import Retry
 
@@ -133,9 +133,11 @@ class Handler:
         if wanted.name in resources:
             return resources[wanted.name]
         has = ", ".join(sorted(resources)) or "nothing"
+        action = f'yield {{"{wanted.name}": …}} from the App\'s lifespan'
+        if is_sqlalchemy(wanted.annotation):
+            action = f"annotate it as AsyncSession for a session on the message's transaction, or {action}"
         raise RegistrationError(
-            f"{self.place}: handler {self.name!r} asks for {wanted.name!r}, and the lifespan yields {has}; "
-            f'yield {{"{wanted.name}": …}} from the App\'s lifespan'
+            f"{self.place}: handler {self.name!r} asks for {wanted.name!r}, and the lifespan yields {has}; {action}"
         )
 
 

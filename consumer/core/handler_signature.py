@@ -69,7 +69,8 @@ def call_plan(
         elif message_type is not None:
             raise wrong("asks for the message twice: Message[T] holds the value as .value")
         else:
-            plan.append(OrmSession(bare) if _is_session(bare) else Resource(parameter.name, bare))
+            kind = parts[0] if len(parts) == 1 else bare
+            plan.append(OrmSession(kind) if _is_session(kind) else Resource(parameter.name, bare))
     if declared is inspect.Parameter.empty:
         raise wrong("takes no message: its first parameter is the payload, for example `payment: Payment`")
     return tuple(plan), declared, wants_message
@@ -80,6 +81,11 @@ def _is_session(hint: Any) -> bool:
     return isinstance(hint, type) and any(
         base.__name__ == "AsyncSession" and base.__module__.startswith("sqlalchemy.") for base in hint.__mro__
     )
+
+
+def is_sqlalchemy(hint: Any) -> bool:
+    """Whether this is a class of SQLAlchemy."""
+    return isinstance(hint, type) and hint.__module__.startswith("sqlalchemy.")
 
 
 def hints_of(function: Function, wrong: Wrong) -> dict[str, Any]:

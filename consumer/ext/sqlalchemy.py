@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
         f"consumer.ext.sqlalchemy: no module {error.name!r}; pip install 'idempotent-consumer[sqlalchemy]'"
     ) from None
 
-from consumer.ext.sqlalchemy_dialect import connect
+from consumer.ext.sqlalchemy_dialect import ENDED, connect
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -36,6 +36,8 @@ _ROLLBACK = (
     "rollback() of a session in a handler: the transaction holds other messages too; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
 )
+_NOT_A_TX = "session(): its first argument is no Tx; give the Tx that the handler gets"
+_NOT_ASYNC = "session(): the class of the session is no AsyncSession; give SQLAlchemy's, SQLModel's, or a class of yours below one"
 _ROLLED_BACK = (
     "the handler: it went on after its session was rolled back, and its writes stay; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
@@ -59,6 +61,8 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
     leaves the block. As there, it fails the message unless a savepoint was around it. A caller may not assume that
     objects can be used after the block where something of them is not loaded.
     """
+    if not hasattr(tx, "savepoint") or not hasattr(kind, "sync_session_class"):
+        raise TransactionMisuse(_NOT_A_TX if not hasattr(tx, "savepoint") else _NOT_ASYNC)
     idle = tx._scope.preparer.idle
     connection, driver = idle.pop() if idle else await connect()
     driver.tx = tx
@@ -78,6 +82,7 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
             await driver.undo_all()
         finally:
             opened.sync_session.close()
+            opened.sync_session.consumer_tx = None
             driver.tx = None
             if not connection.invalidated and not connection.in_transaction() and len(idle) < _IDLE_MAX:
                 idle.append((connection, driver))
@@ -88,6 +93,11 @@ def _sync_class(base: type[Any]) -> type[Any]:
     """Return a class of sessions that leave the transaction to the framework."""
 
     class TxSession(base):  # type: ignore[misc]
+        def get_bind(self, *args: Any, **options: Any) -> Any:
+            if self.consumer_tx is None:  # its connection may be in use for another message
+                raise TransactionMisuse(ENDED)
+            return super().get_bind(*args, **options)
+
         def commit(self) -> None:
             self.flush()
 
@@ -95,8 +105,9 @@ def _sync_class(base: type[Any]) -> type[Any]:
             raise TransactionMisuse(_ROLLBACK)
 
     def rolled_back(synchronous: Any, previous: Any) -> None:
-        if previous.parent is None and synchronous.consumer_tx.error is None:
-            synchronous.consumer_tx.error = TransactionMisuse(_ROLLED_BACK)
+        tx = synchronous.consumer_tx
+        if previous.parent is None and tx is not None and tx.error is None:
+            tx.error = TransactionMisuse(_ROLLED_BACK)
 
     event.listen(TxSession, "after_soft_rollback", rolled_back)
     return TxSession

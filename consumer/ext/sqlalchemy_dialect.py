@@ -20,6 +20,10 @@ from sqlalchemy.util import await_only
 
 from consumer.core.errors import TransactionMisuse
 
+ENDED = (
+    "session(tx): an object of SQLAlchemy was used after its session had ended; load what you need inside "
+    "`async with session(tx)`"
+)
 _VERSION = (14, 0)  # the oldest server that is supported: what a newer one can do besides is DDL
 
 
@@ -62,10 +66,7 @@ class Driver:
 
     def _tx(self) -> Any:
         if self.tx is None:
-            raise TransactionMisuse(
-                "session(tx): an object of SQLAlchemy was used after its session had ended; load what you need inside "
-                "`async with session(tx)`"
-            )
+            raise TransactionMisuse(ENDED)
         return self.tx
 
     async def savepoint(self, name: str) -> None:

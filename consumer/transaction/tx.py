@@ -23,6 +23,9 @@ from consumer.transaction.scope import Scope, savepoint_name
 _CANCELLED_SECONDS = 5.0
 _SET_LOCAL = "select current_setting($1, true), set_config($1, $2, true)"
 _RESET_LOCAL = "select set_config(s.name, s.value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
+_NO_TEXT = (
+    "tx.{}: no text, but {}; give SQL as text, or run a statement of SQLAlchemy with session(tx), or with tx.defer"
+)
 _SEVERAL = "{}: several commands in one text, which PostgreSQL takes only without parameters; send them one by one"
 
 
@@ -48,6 +51,8 @@ _inside: ContextVar[_Level | None] = ContextVar("consumer_savepoint", default=No
 
 
 def _refuse_several(method: str, sql: str) -> None:
+    if not isinstance(sql, str):
+        raise TransactionMisuse(_NO_TEXT.format(method, type(sql).__name__))
     if ";" in sql and traits(sql).several:
         raise TransactionMisuse(_SEVERAL.format(method))
 
@@ -180,7 +185,7 @@ class Tx:
 
         timeout: seconds.
         """
-        if args:
+        if args or sql.__class__ is not str:
             _refuse_several("execute", sql)
         result: str = await self._run("execute", sql, sql, *args, timeout=timeout)
         return result

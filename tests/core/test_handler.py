@@ -136,6 +136,22 @@ def test_second_handler_of_a_name_is_refused_with_both_places() -> None:
     assert app.handlers["x"].function is fine
 
 
+async def test_a_lifespan_without_its_decorator_is_refused() -> None:
+    async def coroutine(app: App) -> dict[str, int]:
+        return {}
+
+    async def generator(app: App) -> AsyncIterator[dict[str, int]]:
+        yield {}
+
+    for lifespan in (coroutine, generator):
+        wrong: Any = lifespan
+        with pytest.raises(
+            RegistrationError, match=f"returned a .*{lifespan.__name__}; decorate it with @asynccontext"
+        ):
+            async with App("shop", lifespan=wrong).running():
+                pytest.fail("it has been entered")
+
+
 def test_a_decorator_without_its_call_is_refused() -> None:
     with pytest.raises(RegistrationError):
         App("shop").handler(fine)  # type: ignore[call-overload]

@@ -21,12 +21,29 @@ import sqlmodel
 from harness import Place, Sent, as_worker, consume_all, execute, migrated, query, settings_for, value
 from rebuild_runs import message_id, rebuilt
 from replay_runs import outcome_counts, run_replay
-from sqlalchemy import ARRAY, ForeignKey, Numeric, String, delete, func, insert, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Numeric,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.dialects.postgresql.base import PGCompiler
 from sqlalchemy.exc import IntegrityError, PendingRollbackError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload
+from sqlalchemy.orm import Session as SyncSession
 from sqlmodel.ext.asyncio.session import AsyncSession as SqlModelSession
 
 from consumer import App, Message, RegistrationError, Retry, TransactionMisuse, Tx
@@ -309,6 +326,29 @@ async def test_a_cancelled_statement_closes_nothing_and_fails_the_message(dsn: s
             assert not tx._scope.connection.is_closed() and idle_of(tx) == []
 
 
+async def test_statements_and_sessions_in_the_wrong_place_say_what_to_write(dsn: str) -> None:
+    statement: Any = insert(Note).values(body="x")
+    async with transaction(dsn) as tx:
+        for run in (tx.execute, tx.fetch, tx.fetchval, tx.fetchrow):
+            with pytest.raises(TransactionMisuse, match=r"no text, but Insert; .* session\(tx\)"):
+                await run(statement)
+        with pytest.raises(TransactionMisuse, match="executemany: no text, but TextClause"):
+            await tx.executemany(text("select 1"), [(1,)])  # type: ignore[arg-type]
+        for given, kind, problem in ((object(), AsyncSession, "is no Tx"), (tx, SyncSession, "is no AsyncSession")):
+            with pytest.raises(TransactionMisuse, match=problem):
+                async with session(given, kind):
+                    pass
+    for hint in (SyncSession, async_sessionmaker):
+
+        async def settle(body: dict[str, Any], s: Any) -> None: ...
+
+        settle.__annotations__["s"] = hint
+        app = App("orm")
+        app.handler("a")(settle)
+        with pytest.raises(RegistrationError, match=r"asks for 's', .* annotate it as AsyncSession for a session"):
+            app.handlers["settle"].bind({})
+
+
 async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
     async with transaction(dsn) as tx:
         async with session(tx) as s:
@@ -322,6 +362,19 @@ async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
         async with session(tx) as s:
             with pytest.raises(TransactionMisuse, match="stream"):
                 await s.stream(select(Order))
+
+
+async def test_a_session_that_is_kept_writes_nothing_for_the_next_message(dsn: str) -> None:
+    async with transaction(dsn) as tx:
+        async with session(tx) as kept:
+            kept.add(Note(body="first"))
+        async with session(tx):  # of the next message, on the same connection
+            kept.add(Note(body="of no message"))
+            for use in (kept.flush, kept.connection, lambda: kept.execute(select(Note))):
+                with pytest.raises(TransactionMisuse, match="was used after its session had ended"):
+                    await use()
+            await kept.close()
+    assert await query(dsn, "select body from notes") == [("first",)]
 
 
 # -- deferred statements ----------------------------------------------------------------------------------------------
@@ -367,6 +420,31 @@ def test_deferred_statements_are_understood() -> None:
     assert shape is not None and (shape.added, shape.keys) == ((("count", 0),), (("id", 1),))
     shape = shape_of(compiled(insert(Order).values(reference=ONE, body={}))[0])
     assert shape is not None and "reference" in shape.columns
+
+
+@pytest.mark.unit
+def test_a_deferred_statement_is_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table("compiled_once", MetaData(), Column("id", Integer), Column("name", String))
+    compilations = []
+    visit_insert, visit_update = PGCompiler.visit_insert, PGCompiler.visit_update
+
+    def insert_counted(self: Any, statement: Any, *args: Any, **options: Any) -> Any:
+        compilations.append("insert")
+        return visit_insert(self, statement, *args, **options)
+
+    def update_counted(self: Any, statement: Any, *args: Any, **options: Any) -> Any:
+        compilations.append("update")
+        return visit_update(self, statement, *args, **options)
+
+    monkeypatch.setattr(PGCompiler, "visit_insert", insert_counted)
+    monkeypatch.setattr(PGCompiler, "visit_update", update_counted)
+    sent = []
+    for n in range(1, 20):
+        sent.append(compiled(insert(table).values(id=n, name=f"line {n}")))
+        sent.append(compiled(update(table).where(table.c.id.in_(list(range(n)))).values(name=f"line {n}")))
+    assert compilations == ["insert", "update"]
+    assert [arguments for _, arguments in sent[:3]] == [(1, "line 1"), ("line 1", 0), (2, "line 2")]
+    assert len({sql for sql, _ in sent}) == 20  # the insert, and the update with 1 to 19 places
 
 
 async def test_deferred_inserts_are_sent_as_arrays(dsn: str) -> None:

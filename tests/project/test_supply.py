@@ -47,6 +47,14 @@ def wanted(extra: str | None) -> list[Requirement]:
     return requirements
 
 
+def test_sessions_are_tested_on_both_minor_versions_of_sqlalchemy() -> None:
+    [requirement] = wanted("sqlalchemy")
+    [[version], [other]] = [locked(lock)["sqlalchemy"] for lock in ("dev.lock", "sqlalchemy.lock")]
+    assert requirement.specifier.contains(version) and requirement.specifier.contains(other)
+    assert {version.release[:2], other.release[:2]} == {(2, 0), (2, 1)}
+    assert set(locked("sqlalchemy.lock")) == {"sqlalchemy"}
+
+
 @pytest.mark.parametrize(
     ("lock", "extras"), [("runtime.lock", [None]), ("dev.lock", [None, "dev"]), ("docs.lock", ["docs"])]
 )
