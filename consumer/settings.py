@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
@@ -33,7 +34,8 @@ class Settings(BaseModel):
 
     A setting that is not given is read from the environment, then from the TOML file that CONSUMER_CONFIG names; an empty
     variable counts as absent. CONSUMER_…_FILE names a file with the value of a secret. Unknown CONSUMER_ variables are
-    ignored. Raises Misconfigured for a file that cannot be read or has other keys.
+    ignored. Raises Misconfigured, one line, for a value that cannot be, a setting that there is not, and a file that cannot
+    be read or has other keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -193,7 +195,10 @@ class Settings(BaseModel):
     def __init__(self, gathered: Gathered | None = None, /, **given: Any) -> None:
         if gathered is None:
             gathered = gather(known_settings(), given, os.environ, None)
-        super().__init__(**gathered.values)
+        try:
+            super().__init__(**gathered.values)
+        except ValidationError as error:
+            raise Misconfigured("; ".join(_problem(gathered, dict(problem)) for problem in error.errors())) from None
         self._gathered = Gathered(gathered.config, {}, gathered.sources)
 
     @field_validator("log_level", "log_format", "outbox_relay", "tracing", mode="before")
@@ -330,16 +335,16 @@ def load(config: str | None = None, **flags: Any) -> Settings:
     Misconfigured, one line that names each variable or key and never its value.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    gathered = gather(known_settings(), given, os.environ, config)
-    try:
-        return Settings(gathered)
-    except ValidationError as error:
-        raise Misconfigured("; ".join(_problem(gathered, dict(problem)) for problem in error.errors())) from None
+    return Settings(gather(known_settings(), given, os.environ, config))
 
 
 def _problem(gathered: Gathered, problem: Mapping[str, Any]) -> str:
+    what = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
-        return str(problem["msg"]).removeprefix("Value error, ")
+        return what
     name = "_".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(name, Settings.model_fields, 1)
+        return f"Settings: no setting {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
     action = "; correct the file" if gathered.sources.get(name, Source()).kind == "file" else ""
-    return f"{subject_of(gathered, name)}: {problem['msg']}{action}"
+    return f"{subject_of(gathered, name)}: {what}{action}"

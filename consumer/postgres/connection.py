@@ -100,9 +100,10 @@ async def _initialize(connection: Any, init: ConnectionInit, settings: Settings,
             raise Outage(f"{what} lost the connection") from error
         # asyncpg's ValueError names a type that does not exist; texts of other errors may hold anything.
         text = redacted_message(error) or (str(error) if str(error).startswith("unknown type: ") else "")
-        raise Misconfigured(
-            f"{what} failed: {describe(error)}{f' ({text})' if text else ''}; correct it, or create what it needs"
-        ) from error
+        action = "correct it, or create what it needs"
+        if text.startswith("unknown type: public."):
+            action += '; types of PostgreSQL itself need schema="pg_catalog"'
+        raise Misconfigured(f"{what} failed: {describe(error)}{f' ({text})' if text else ''}; {action}") from error
     if connection.is_in_transaction():
         raise Misconfigured(f"{what}: it left a transaction open; commit it, or begin none")
     if not settings.postgres_pooler:

@@ -13,6 +13,7 @@ from typing import Any
 
 from consumer.admin.readiness import check_ready
 from consumer.app import App
+from consumer.core.errors import Misconfigured
 from consumer.core.worker_health import State, WorkerHealth
 from consumer.logs import describe, event
 from consumer.settings import Settings, load
@@ -72,6 +73,10 @@ class RunningWorker:
 async def embedded(app: App, settings: Settings | None) -> AsyncIterator[RunningWorker]:
     """Run a worker for as long as the block runs; see `App.worker`."""
     settings = load() if settings is None else settings
+    if not isinstance(settings, Settings):
+        raise Misconfigured(
+            f"app.worker(): a {type(settings).__name__}; give Settings(…), or nothing to read the environment"
+        )
     await check_ready(app, "APP", settings)
     worker = RunningWorker(app, settings)
     try:

@@ -221,6 +221,10 @@ async def unknown(connection: Any) -> None:
     await connection.set_type_codec("moood", encoder=str, decoder=str)
 
 
+async def without_schema(connection: Any) -> None:
+    await connection.set_type_codec("jsonb", encoder=str, decoder=str)
+
+
 async def lost(connection: Any) -> None:
     await connection.execute("select pg_terminate_backend(pg_backend_pid())")
 
@@ -238,6 +242,11 @@ async def lost(connection: Any) -> None:
             unknown,
             Misconfigured,
             "failed: ValueError at {file}:{line} (unknown type: public.moood); correct it, or create",
+        ),
+        (
+            without_schema,
+            Misconfigured,
+            'unknown type: public.jsonb); correct it, or create what it needs; types of PostgreSQL itself need schema="pg_catalog"',
         ),
         (lost, Outage, "lost the connection"),
     ],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import documents
 import msgspec
 import pydantic
 import pytest
@@ -946,21 +947,22 @@ def test_a_server_that_does_not_count_is_refused(runs: pytest.Pytester, monkeypa
     result.stdout.fnmatch_lines(["*the PostgreSQL to test on: it does not count written rows; turn track_counts on"])
 
 
-def test_the_page_about_it_works_as_it_stands(runs: pytest.Pytester) -> None:
-    text = (ROOT / "docs" / "how-to" / "testing.md").read_text("utf-8")
-    blocks = text.split("```python\n")[1:]
-    files = {}
-    for block in blocks:
-        code = block.split("```", 1)[0]
-        name = code.splitlines()[0].removeprefix("# ").strip()
-        files[name.removesuffix(".py")] = code
-    assert set(files) == {"shop", "test_shop"}
-    schema = text.split("```sql\n")[1].split("```", 1)[0]
-    runs.path.joinpath("schema.sql").write_text(schema)
-    runs.makepyfile(**files)
-    ini = text.split("```ini\n")[1].split("```", 1)[0]
+@pytest.mark.parametrize(
+    ("page", "files", "passed"),
+    [
+        ("testing", {"shop", "test_shop"}, 3 + len(STEPS)),
+        ("several-topics", {"refunds", "totals", "test_refunds"}, 3),
+    ],
+)
+def test_a_page_with_tests_works_as_it_stands(runs: pytest.Pytester, page: str, files: set[str], passed: int) -> None:
+    fences = list(documents.blocks(ROOT / "docs" / "how-to" / f"{page}.md"))
+    written = {block.file: block.code for block in fences if block.file}
+    assert {name.removesuffix(".py") for name in written} == {*files, "schema.sql"}
+    for name, code in written.items():
+        runs.path.joinpath(name).write_text(code)
+    [ini] = [block.code for block in fences if block.language == "ini"]
     runs.makeini(ini)
-    runs.runpytest_subprocess("-W", "error").assert_outcomes(passed=3 + len(STEPS))
+    runs.runpytest_subprocess("-W", "error").assert_outcomes(passed=passed)
 
 
 async def test_endless_run_again_leaves_the_message_waiting(exactly_once: ExactlyOnce) -> None:

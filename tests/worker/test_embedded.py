@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import documents
 import pytest
 from harness import ROOT, Place, Sent, settings_for, until, value
 
-from consumer import App, Misconfigured, Tx
+from consumer import App, Misconfigured, Settings, Tx
 from consumer.worker import embedded
 from consumer.worker.worker import Worker
 
@@ -75,6 +76,40 @@ async def test_a_web_application_consumes_and_drains_at_sigterm(place: Place, tm
     assert await value(place.dsn, "select next_offset from consumer.positions") == 2
 
 
+async def test_programs_of_the_page_consume_and_check(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    for block in documents.blocks(ROOT / "docs/how-to/embed.md"):
+        if block.file:
+            code = block.code.replace('"payments"', repr(topic)).replace('"billing"', repr(f"own-{topic[-8:]}"))
+            (tmp_path / block.file).write_text(code)
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    environment = {**clean, **place.settings().dump(), "PYTHONPATH": str(ROOT)}
+
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, name]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    await place.send(topic, *(Sent({"account": 1, "amount": 5}, id=f"p{n}", key="1") for n in range(3)))
+
+    async def is_paid() -> Any:
+        assert service.poll() is None, service.communicate()
+        return await value(place.dsn, "select balance = 15 from accounts where id = 1")
+
+    service = start("service.py")
+    try:
+        await until("the payments", is_paid, 90)
+        service.send_signal(signal.SIGTERM)
+        _, errors = await asyncio.to_thread(service.communicate, timeout=60)
+        assert service.returncode == 0, errors
+    finally:
+        service.kill()
+    check = start("check.py")
+    answer, errors = await asyncio.to_thread(check.communicate, timeout=60)
+    assert check.returncode == 0 and answer.startswith("Nothing is missing"), answer + errors
+
+
 async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ready(*_: object) -> None: ...
 
@@ -92,6 +127,18 @@ async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeyp
         await until("the worker to fail", failed)
         assert worker.health.error is not None and worker.health.error.startswith("KeyError at test_embedded.py:")
         assert "secret" not in worker.health.error
+
+
+async def test_settings_that_are_none_are_refused_with_one_line() -> None:
+    given: Any = {"wait_seconds": 0}
+    with pytest.raises(Misconfigured, match=r"app.worker\(\): a dict; give Settings"):
+        async with App("web").worker(given):
+            pytest.fail("it has started")
+    with pytest.raises(Misconfigured, match=r"^Settings: no setting 'kafka_server'") as raised:
+        Settings(kafka_server="localhost")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(Misconfigured, match=r"^CONSUMER_LANES: Input should be a valid integer"):
+        Settings(lanes="many")
 
 
 async def test_a_service_that_is_missing_is_an_error_at_the_start(place: Place) -> None:
