@@ -334,7 +334,8 @@ async def test_statements_and_sessions_in_the_wrong_place_say_what_to_write(dsn:
                 await run(statement)
         with pytest.raises(TransactionMisuse, match="executemany: no text, but TextClause"):
             await tx.executemany(text("select 1"), [(1,)])  # type: ignore[arg-type]
-        for given, kind, problem in ((object(), AsyncSession, "is no Tx"), (tx, SyncSession, "is no AsyncSession")):
+        wrong: list[Any] = [(object(), AsyncSession, "is no Tx"), (tx, SyncSession, "is no AsyncSession")]
+        for given, kind, problem in wrong:
             with pytest.raises(TransactionMisuse, match=problem):
                 async with session(given, kind):
                     pass
@@ -426,7 +427,8 @@ def test_deferred_statements_are_understood() -> None:
 def test_a_deferred_statement_is_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table("compiled_once", MetaData(), Column("id", Integer), Column("name", String))
     compilations = []
-    visit_insert, visit_update = PGCompiler.visit_insert, PGCompiler.visit_update
+    compiler: Any = PGCompiler
+    visit_insert, visit_update = compiler.visit_insert, compiler.visit_update
 
     def insert_counted(self: Any, statement: Any, *args: Any, **options: Any) -> Any:
         compilations.append("insert")
