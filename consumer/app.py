@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
@@ -20,6 +20,7 @@ from consumer.core.handler_options import EffectOptions, HandlerOptions
 from consumer.core.handler_signature import Function
 from consumer.core.record_decoding import DecodeOption, check_option
 from consumer.core.shard_route import Route, check_names
+from consumer.core.topic_names import Pattern, TopicSelection, refuse_own
 from consumer.core.worker_health import EmbeddedWorker
 from consumer.outbox.encoding import EncodeOption, encode_function
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
@@ -118,17 +119,17 @@ class App:
 
     @overload
     def handler(
-        self, *topics: str, batch: None = None, **options: Unpack[HandlerOptions]
+        self, *names: str, batch: None = None, **options: Unpack[HandlerOptions]
     ) -> Callable[[OfMessage], OfMessage]: ...
     @overload
     def handler(
-        self, *topics: str, batch: int, **options: Unpack[HandlerOptions]
+        self, *names: str, batch: int, **options: Unpack[HandlerOptions]
     ) -> Callable[[OfMessages], OfMessages]: ...
-    def handler(
-        self, *topics: str, batch: int | None = None, **options: Unpack[HandlerOptions]
-    ) -> Callable[[Any], Any]:
+    def handler(self, *names: str, batch: int | None = None, **options: Unpack[HandlerOptions]) -> Callable[[Any], Any]:
         """Register an async function for one or more topics.
 
+        - names: of topics. topics: a compiled pattern of further ones, which must match the whole name. New topics that it
+          matches are consumed while workers run. See docs/how-to/topic-patterns.md.
         - message_id: ``"header:NAME"``, ``"field:path.to"``, ``"offset"`` or a function of the value. By default the header
           ``message-id``, else a CloudEvent's source and id, else the offset, which does not recognize a message that its
           producer sent twice.
@@ -148,17 +149,17 @@ class App:
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
-        _refuse_functions(topics)
+        _refuse_functions(names)
         checked = {**options, "batch": batch, "decode": self._decode_of(options)}
 
         def register(function: Function) -> Function:
-            self._add(build(function, topics, checked, Tx))
+            self._add(build(function, names, checked, Tx))
             return function
 
         return register
 
     def effect(
-        self, *topics: str, remembers: timedelta | Literal[0], **options: Unpack[EffectOptions]
+        self, *names: str, remembers: timedelta | Literal[0], **options: Unpack[EffectOptions]
     ) -> Callable[[Callable[Concatenate[V, P], Awaitable[R]]], EffectDeclaration[V, P, R]]:
         """Register a function that calls another system, with no transaction open.
 
@@ -185,7 +186,7 @@ class App:
                     f"{place_of(function)}: an App with shards has no effects yet; call the other system in a handler, "
                     "with message.idempotency_key()"
                 )
-            handler = build_effect(function, topics, remembers, checked, Tx)
+            handler = build_effect(function, names, remembers, checked, Tx)
             self._add(handler)
             return EffectDeclaration(handler, function)
 
@@ -202,9 +203,14 @@ class App:
                 f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}; "
                 "give one of them another name with name="
             )
+        try:
+            refuse_own(handler.pattern, handler.named_topics, self.publishes)
+        except RegistrationError as error:
+            raise RegistrationError(f"{handler.place}: handler {handler.name!r}: {error}") from None
         handler.app, handler.publishes, handler.encode = self.name, self.publishes, self.encode
         _open_sessions(handler)
         self._handlers[handler.name] = handler
+        self.discover(self.topics)  # a pattern matches topics that other handlers name, too
 
     def publishing(self, connection: Any) -> AbstractAsyncContextManager[Publishing]:
         """Publish in your own transaction, for example in a web application.
@@ -226,8 +232,42 @@ class App:
 
     @property
     def topics(self) -> list[str]:
-        """The topics that any handler takes, sorted."""
+        """The topics that any handler takes, sorted.
+
+        Of those that only a pattern matches, the ones that `discover` got.
+        """
         return sorted({topic for handler in self._handlers.values() for topic in handler.topics})
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether some handler takes topics by a pattern."""
+        return any(handler.pattern is not None for handler in self._handlers.values())
+
+    @property
+    def selection(self) -> TopicSelection:
+        """The names and the patterns of all handlers."""
+        handlers = self._handlers.values()
+        return TopicSelection(
+            [name for handler in handlers for name in handler.named_topics],
+            [handler.pattern for handler in handlers if handler.pattern is not None],
+        )
+
+    def discover(self, topics: Iterable[str]) -> None:
+        """Note topics that exist, or that somebody names: patterns may match them.
+
+        What no handler takes is ignored. Handlers keep what they take until the process ends.
+        """
+        existing = list(topics)
+        for handler in self._handlers.values():
+            handler.discover(existing)
+
+    def takes(self, topic: str) -> bool:
+        """Whether some handler takes a topic, whether it exists or not.
+
+        Notes it, as `discover` does.
+        """
+        self.discover([topic])
+        return any(topic in handler.topics for handler in self._handlers.values())
 
     def by_topic(self) -> dict[str, list[Handler]]:
         """The handlers of each topic."""

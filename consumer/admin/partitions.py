@@ -44,9 +44,11 @@ async def partition_lags(
     without a position counts from the beginning of the log. `end` is the last stable offset: an open transaction of a
     producer holds it back. `end`, `lag` and `unread` are None if no leader answers. Raises KafkaError.
     """
+    offsets = await positions.next_offsets(connection, app.name)
+    if app.has_patterns:  # also deleted topics that the App has consumed
+        app.discover([*await source.log.topics(), *(partition.topic for partition in offsets)])
     by_topic = await source.log.partitions(app.topics)
     partitions = [partition for of_topic in by_topic.values() for partition in of_topic]
-    offsets = await positions.next_offsets(connection, app.name)
     _, waits = await waiting_messages.read(connection, app.name)
     ends = await source.log.ends(partitions, partial=True) if partitions else {}
     absent = [topic for topic, of_topic in by_topic.items() if not of_topic]

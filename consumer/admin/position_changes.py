@@ -195,11 +195,10 @@ async def begin_here(app: App, handler: str, topic: str | None, settings: Settin
 
     Returns what it had missed; nothing was changed if that is empty.
     """
-    topics = coverage.topics_of(app)[handler] if topic is None else [topic]
 
     async def change(connection: Connection) -> list[Gap]:
         async with connection.transaction():
-            gaps = await coverage.begin_here(connection, app, handler, topics)
+            gaps = await coverage.begin_here(connection, app, handler, topic)
             entries = [
                 Entry(
                     "positions begin-here",

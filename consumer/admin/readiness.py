@@ -10,6 +10,7 @@ import logging
 
 from consumer import logs, tls
 from consumer.app import App
+from consumer.core import topic_names
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.shard_route import Router
 from consumer.handler_records import notices
@@ -31,10 +32,10 @@ async def check_ready(app: App, path: str, settings: Settings) -> None:
     for on in by_shard.values():
         on.dsn  # noqa: B018 - raises when there is none
     target = settings.dead_letter_topic
-    if target in app.topics:
+    if target is not None and app.selection.takes(target):
         raise Misconfigured(
             f"--dead-letter-topic {target}: {app.name!r} consumes that topic itself, so its dead letters would come back to it "
-            "for ever; name another topic"
+            f"for ever; name another topic{'' if target in app.selection.names else ', or narrow the pattern that matches it'}"
         )
     await app.open_registry(settings)
     await _check_lifespan(app, settings)
@@ -108,6 +109,7 @@ async def _check_topics(app: App, settings: Settings) -> None:
     source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
     try:
+        await _find_matching(app, source)
         by_topic = await source.log.partitions(app.topics)
         target = settings.dead_letter_topic
         if target is not None and not (await source.log.partitions([target]))[target]:
@@ -118,3 +120,20 @@ async def _check_topics(app: App, settings: Settings) -> None:
     for topic, partitions in by_topic.items():
         if not partitions:
             logs.event(logging.WARNING, "topic does not exist yet; it is consumed as soon as it does", topic=topic)
+
+
+async def _find_matching(app: App, source: KafkaConsumer) -> None:
+    """Note the topics that patterns match; log patterns that match none."""
+    if not app.has_patterns:
+        return
+    existing = await source.log.topics()
+    app.discover(existing)
+    for handler in app.handlers.values():
+        if handler.pattern is not None and not any(topic_names.matches(handler.pattern, name) for name in existing):
+            logs.event(
+                logging.WARNING,
+                "no topic matches a handler's pattern yet; those that do are consumed as soon as they exist",
+                handler=handler.name,
+                pattern=topic_names.text_of(handler.pattern),
+                do="a pattern must match the whole name of a topic, and Kafka shows only topics that this user may see",
+            )

@@ -79,6 +79,8 @@ def _run(
         raise Misconfigured("--partition: of no topic; it goes with --topic")
     named = named_app(app)
     target = Target(named.name, topic, partition)
+    if named.app is not None and topic is not None:
+        named.app.discover([topic])
 
     async def run(on: Settings) -> int:
         result = await with_ledger(on, lambda connection: _change(connection, named, target, by, change))

@@ -21,7 +21,7 @@ from consumer.cli.per_shard import ShardName, over
 from consumer.cli.status import print_status
 from consumer.core.audit import ActedBy
 from consumer.core.errors import Misconfigured
-from consumer.core.suggestions import UnknownName, suggestion
+from consumer.core.suggestions import UnknownName
 from consumer.handler_records.notices import gap_text
 from consumer.settings import Settings
 
@@ -125,8 +125,8 @@ def positions(
     _check_together(wanted)
     if handler is not None:
         changes.check_handler(loaded, app, handler)
-    if topic is not None and topic not in loaded.topics:
-        raise UnknownName(f"--topic: {app} has no handler of topic {topic!r}; {suggestion(topic, loaded.topics)}")
+    if topic is not None and not loaded.takes(topic):
+        raise UnknownName(f"--topic: {app} has no handler of topic {topic!r}; {loaded.selection.suggestion(topic)}")
     return over(loaded, shard, settings, as_json, lambda on: _run(loaded, app, wanted, on, as_json))
 
 

@@ -53,6 +53,8 @@ async def resume(console: Console, request: Request) -> Response:
 
 async def _change(page: Page, *, is_pause: bool) -> Response:
     target, by = _target(page), page.by()
+    if target.topic is not None:
+        page.console.app.discover([target.topic])
     change = pauses.pause if is_pause else pauses.resume
 
     async def act(connection: Connection) -> PauseResult:

@@ -119,7 +119,10 @@ class Watch:
         if self._source is None:
             self._source = KafkaConsumer(self._settings, None)
             await self._source.start(self._settings.wait_seconds)
-        await self._source.log.partitions(self._app.topics)
+        if self._app.has_patterns:
+            self._app.discover(await self._source.log.topics())
+        else:
+            await self._source.log.partitions(self._app.topics)
         return self._source
 
     async def _read(self, source: KafkaConsumer | None) -> tuple[Status, Exception | None]:

@@ -119,8 +119,13 @@ def ask_with(handler: Handler, function: Function) -> None:
 
 
 def _built(handler: Handler, function: Function, tx_type: type) -> Handler:
-    options = {"name": handler.name, "allow_nan": handler.allow_nan, "decode": handler.decode}
-    built = build(function, handler.topics, options, tx_type)
+    options = {
+        "name": handler.name,
+        "allow_nan": handler.allow_nan,
+        "decode": handler.decode,
+        "topics": handler.pattern,
+    }
+    built = build(function, handler.named_topics, options, tx_type)
     if built.value_type != handler.value_type:
         raise _wrong(built)(f"its first parameter has the type that the call takes, {_name_of(handler.value_type)}")
     return built

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from consumer.core import constraints, decode, fingerprint, identity, record_decoding
+from consumer.core import constraints, decode, fingerprint, identity, record_decoding, topic_names
 from consumer.core.errors import CallNotMade, RegistrationError
 from consumer.core.handler_options import HANDLER_OPTIONS
 from consumer.core.handler_signature import Function, OrmSession, Resource, Wrong, call_plan, is_sqlalchemy
@@ -26,7 +26,6 @@ Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, messag
 
 ORDERS = ("key", "partition", "none")
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
-_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -49,7 +48,8 @@ class Effect:
 class Handler:
     """One handler of an App.
 
-    `number` is its place in the ledger, known once the worker has read it.
+    `number` is its place in the ledger, known once the worker has read it. `topics` are those that it names, and those that
+    `pattern` matches among those that `discover` got.
     """
 
     name: str
@@ -84,6 +84,14 @@ class Handler:
     read: record_decoding.Read | None = None  # from a record to its value, in place of `decoder`
     schema_needed: Callable[[Record], Any] | None = None  # which schema a record needs that is not fetched yet
     encode: Callable[[str, Any], Any] | None = None  # its App's, for what it publishes
+    named_topics: tuple[str, ...] = ()
+    pattern: topic_names.Pattern | None = None
+
+    def discover(self, topics: Iterable[str]) -> None:
+        """Take those of the topics that the pattern matches."""
+        if self.pattern is not None:
+            new = {topic for topic in topics if topic_names.matches(self.pattern, topic)}.difference(self.topics)
+            self.topics += tuple(sorted(new))
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.
@@ -204,7 +212,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise wrong("name= must be text of 1 to 200 characters without spaces")
     _check_surrogates((name, *topics), place)
-    _check_topics(topics, wrong)
+    pattern = _pattern(topics, options, wrong)
     if not inspect.iscoroutinefunction(inspect.unwrap(function)):
         raise wrong("must be an `async def` function")
     order = _order(options, wrong)
@@ -242,6 +250,8 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         decode=options.get("decode"),
         read=read,
         schema_needed=record_decoding.schema_question(options.get("decode")),
+        named_topics=topics,
+        pattern=pattern,
     )
 
 
@@ -265,14 +275,11 @@ def _check_surrogates(texts: tuple[object, ...], place: str) -> None:
             )
 
 
-def _check_topics(topics: tuple[str, ...], wrong: Wrong) -> None:
-    if not topics:
-        raise wrong('name at least one topic: @app.handler("payments")')
-    for topic in topics:
-        if not isinstance(topic, str) or not _TOPIC.fullmatch(topic) or topic in (".", ".."):
-            raise wrong(f"topic {topic!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
-    if len(set(topics)) != len(topics):
-        raise wrong("a topic is named twice")
+def _pattern(topics: tuple[str, ...], options: Mapping[str, Any], wrong: Wrong) -> topic_names.Pattern | None:
+    try:
+        return topic_names.check_topics(topics, options.get("topics"))
+    except RegistrationError as error:
+        raise wrong(str(error)) from None
 
 
 def _order(options: Mapping[str, Any], wrong: Wrong) -> str:

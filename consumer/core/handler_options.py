@@ -12,6 +12,7 @@ from uuid import UUID
 from consumer.core.fingerprint import Option as FingerprintOption
 from consumer.core.record_decoding import DecodeOption
 from consumer.core.retry import Retry
+from consumer.core.topic_names import Pattern
 
 MessageId: TypeAlias = UUID | str | bytes | int | None  # None: this message has none, and becomes a dead letter
 
@@ -32,6 +33,7 @@ class EffectOptions(TypedDict, total=False):
     allow_nan: bool
     version: str | None
     decode: DecodeOption
+    topics: Pattern | None
 
 
 class HandlerOptions(EffectOptions, total=False):

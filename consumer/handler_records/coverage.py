@@ -6,7 +6,7 @@ others ends and begins ranges at the position when it opens the partition: per a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from consumer.app import App
@@ -39,6 +39,7 @@ class HandlerCoverage(NamedTuple):
 
     def assess(self, app: App) -> Assessment:
         """What the App's handlers have missed."""
+        app.discover(partition.topic for partition in self.positions)
         return assess(topics_of(app), self.known, self.positions, self.ranges)
 
 
@@ -107,17 +108,18 @@ async def read_coverage(connection: Connection, app: str) -> HandlerCoverage:
     )
 
 
-async def begin_here(connection: Connection, app: App, handler: str, topics: Collection[str]) -> list[Gap]:
+async def begin_here(connection: Connection, app: App, handler: str, topic: str | None) -> list[Gap]:
     """Declare that a handler need not settle what it has missed.
 
-    Returns the gaps that this ends. Raises Misconfigured if the ledger does not know the handler.
+    topic: None for all. Returns the gaps that this ends. Raises Misconfigured if the ledger does not know the handler.
     """
     async with connection.transaction():
         await positions.lock_app(connection, app.name)
         recorded = await read_coverage(connection, app.name)
         if handler not in recorded.known:
             raise Misconfigured(f"handler {handler!r}: no worker has run with it yet; start one, then run this again")
-        gaps = [gap for gap in recorded.assess(app).gaps if gap.handler == handler and gap.partition.topic in topics]
+        missed = [gap for gap in recorded.assess(app).gaps if gap.handler == handler]
+        gaps = [gap for gap in missed if topic is None or gap.partition.topic == topic]
         number = recorded.known[handler].number
         await cover(connection, number, [(gap.partition, gap.first, gap.past) for gap in gaps], "declared")
     return gaps

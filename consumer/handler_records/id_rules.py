@@ -88,6 +88,7 @@ async def accept(connection: Connection, app: App, handler: str) -> RuleChange |
     )  # not under the locks below: reads all rows of the handler
     async with connection.transaction():
         await positions.lock_app(connection, app.name)
+        app.discover(partition.topic for partition in await positions.next_offsets(connection, app.name))
         at = await positions.of_topics(connection, app.name, list(app.handlers[handler].topics))
         await handler_history.change_id_rule(connection, number, change.declared, [*settled.items(), *at.items()])
     return change

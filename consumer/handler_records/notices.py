@@ -126,7 +126,7 @@ def _of_topics(recorded: HandlerCoverage, path: str, missing_topics: Collection[
         yield Notice(
             "deleted_topic",
             f"topic {topic} was deleted: the ledger holds positions of it, and nothing of it is applied",
-            f"recreate it and run consumer positions {path} --topic {topic} --adopt, or remove its handlers",
+            f"recreate it and run consumer positions {path} --topic {topic} --adopt, or let no handler take it",
             True,
         )
     for partition, offset in sorted(recorded.began_with_group.items()):

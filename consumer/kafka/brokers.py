@@ -167,6 +167,14 @@ class Brokers:
             self._leaders |= {Partition(topic, number): leader for number, leader in leaders.items()}
         return by_topic
 
+    async def topics(self) -> list[str]:
+        """Return the topics that this Kafka user may see, in order.
+
+        Raises KafkaError, TimeoutError.
+        """
+        answer = await self.ask_anyone(MetadataRequest(None, allow_auto_topic_creation=False))
+        return sorted(topic for error, topic, *_ in answer.topics if error == 0)
+
     def leader(self, partition: Partition) -> int | None:
         """The leader as it is known without a question; None for none."""
         metadata = self._client.cluster._partitions.get(partition.topic, {}).get(partition.partition)

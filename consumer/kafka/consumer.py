@@ -37,6 +37,7 @@ from consumer.kafka.log_inspection import LogInspection
 from consumer.logs import describe, event
 from consumer.settings import Settings
 
+METADATA_SECONDS = 10  # new topics and partitions are noticed within this time
 REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
 _COMMIT_SECONDS = 5
 _REQUEST_SECONDS = 10
@@ -62,6 +63,7 @@ class KafkaConsumer:
         self._consumer: AIOKafkaConsumer | None = None
         self._started_log: LogInspection | None = None
         self._ids: dict[Partition, UUID] = {}
+        self._held: set[Partition] = set()
         self._faults = FetchFaults(settings, client_id(settings, group, worker))
 
     def _make(self) -> AIOKafkaConsumer:
@@ -73,13 +75,14 @@ class KafkaConsumer:
             enable_auto_commit=False,
             isolation_level="read_committed",
             auto_offset_reset="none",
+            exclude_internal_topics=False,  # `takes` decides, in `subscribe`
             session_timeout_ms=session,
             heartbeat_interval_ms=min(int(settings.kafka_heartbeat_seconds * 1000), session // 3),
             rebalance_timeout_ms=REBALANCE_SECONDS * 1000,
             partition_assignment_strategy=(WorkerAssignor,),
             # Full buffers stop the polling for as long as a batch takes; the supervisor notices a member that does nothing.
             max_poll_interval_ms=24 * 3600 * 1000,
-            metadata_max_age_ms=10_000,  # new topics and partitions are noticed within this time
+            metadata_max_age_ms=METADATA_SECONDS * 1000,
             max_partition_fetch_bytes=settings.kafka_partition_fetch_bytes_max,
             request_timeout_ms=40_000,
             fetch_max_wait_ms=_WAIT_MS,
@@ -160,12 +163,28 @@ class KafkaConsumer:
 
     # -- the group ----------------------------------------------------------------------------------------------------
 
-    def subscribe(self, topics: Sequence[str], on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
+    def subscribe(
+        self,
+        topics: Sequence[str],
+        on_revoked: RebalanceCallback,
+        on_assigned: RebalanceCallback,
+        takes: Callable[[str], bool] | None = None,
+    ) -> None:
         """Join the group.
 
-        A topic that does not exist yet is consumed as soon as it exists.
+        A topic that does not exist yet is consumed as soon as it exists. takes: whether to consume a topic, asked for each one of
+        the cluster, now and at each refresh of the metadata; then `topics` are not looked at.
         """
-        self.consumer.subscribe(topics=list(topics), listener=_RebalanceListener(on_revoked, on_assigned))
+        listener = _RebalanceListener(self._held, on_revoked, on_assigned)
+        if takes is None:
+            self.consumer.subscribe(topics=list(topics), listener=listener)
+        else:
+            self._control.subscribe_matching(takes, listener)
+
+    @property
+    def subscribed(self) -> frozenset[str]:
+        """The topics with which this member joins the group."""
+        return frozenset(self.consumer.subscription())
 
     def assign(self, partitions: Iterable[Partition]) -> None:
         """Read these partitions, without a group."""
@@ -306,13 +325,11 @@ class KafkaConsumer:
 
         Best effort: returns False when a rebalance or an outage came between, which is normal.
         """
-        offsets = {
-            TopicPartition(*partition): copy for partition, copy in positions.items() if self.is_assigned(partition)
-        }
+        offsets = {partition: copy for partition, copy in positions.items() if partition in self._held}
         if not offsets:
             return True
         try:
-            await asyncio.wait_for(self.consumer.commit(offsets), _COMMIT_SECONDS)
+            await asyncio.wait_for(self._control.commit(offsets), _COMMIT_SECONDS)
         except (KafkaError, TimeoutError) as error:
             event(logging.DEBUG, "offset commit failed; positions are in PostgreSQL", error=describe(error))
             return False
@@ -322,15 +339,22 @@ class KafkaConsumer:
 class _RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Hands rebalances to the worker.
 
-    The client logs and swallows exceptions, so the worker's callbacks raise none.
+    held: the partitions that the member holds until it has drained them; kept here. The client logs and swallows exceptions, so the worker's callbacks raise none.
     """
 
-    def __init__(self, on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
+    def __init__(self, held: set[Partition], on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
+        self._held = held
         self._on_revoked = on_revoked
         self._on_assigned = on_assigned
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._on_revoked({Partition(*partition) for partition in revoked})
+        try:
+            await self._on_revoked({Partition(*partition) for partition in revoked})
+        finally:
+            self._held.clear()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        await self._on_assigned({Partition(*partition) for partition in assigned})
+        partitions = {Partition(*partition) for partition in assigned}
+        self._held.clear()
+        self._held.update(partitions)
+        await self._on_assigned(partitions)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import aiokafka
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import IllegalStateError
@@ -33,6 +33,13 @@ _REQUEST_SECONDS = 10
 
 # Wraps the decoded records of a partition; the second argument is the client's reader, with its `next_fetch_offset`.
 RecordGuard = Callable[[Partition, Any, Iterator[Any]], Iterator[Any]]
+
+
+class _Matcher:
+    """A pattern of topics, as far as the client asks."""
+
+    def __init__(self, match: Callable[[str], bool]) -> None:
+        self.match = match
 
 
 def to_record(partition: Any, record: Any) -> LogRecord:
@@ -107,6 +114,33 @@ class ClientControl:
         fetcher = self._consumer._fetcher
         fetcher._records = FetchedRecords(fetcher._records, guard)
         fetcher._client = proxy(fetcher._client)
+
+    def subscribe_matching(self, takes: Callable[[str], bool], listener: ConsumerRebalanceListener) -> None:
+        """Subscribe to the topics for which `takes` is true, now and later.
+
+        The client's own patterns match the beginning of a name. It replaces its subscription when other topics match, and
+        fails for good if it was asking for the coordinator meanwhile (an assertion in `__coordination_routine`): so it joins
+        again in any case.
+        """
+        state = self._consumer._subscription
+        change = state.subscribe_from_pattern
+
+        def changed(topics: Any) -> None:
+            change(topics)
+            self._consumer._coordinator.request_rejoin()
+
+        state.subscribe_from_pattern = changed
+        state.subscribe_pattern(_Matcher(takes), listener)
+        self.client.set_topics([])  # all of the cluster, and at once
+
+    async def commit(self, offsets: Mapping[Partition, tuple[int, str]]) -> None:
+        """Commit offsets and metadata as a member of the group. Raises KafkaError.
+
+        The consumer's own commit refuses partitions once its subscription was replaced, while they are still being
+        drained.
+        """
+        named = {TopicPartition(*partition): OffsetAndMetadata(*copy) for partition, copy in offsets.items()}
+        await self._consumer._coordinator.commit_offsets(None, named)
 
     def set_fetch_wait(self, milliseconds: int) -> None:
         """Set how long a broker holds a fetch that finds nothing."""

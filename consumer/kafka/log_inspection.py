@@ -185,6 +185,10 @@ class LogInspection:
             raise next(iter(problems.values()))
         return offsets
 
+    async def topics(self) -> list[str]:
+        """Return all topics that this Kafka user may see. Raises KafkaError."""
+        return await self._brokers.topics()
+
     async def partitions(self, topics: Iterable[str]) -> dict[str, list[Partition]]:
         """Return the partitions of each topic. Raises KafkaError.
 

@@ -12,20 +12,20 @@ Pure. Limitations: does not know the table; postgres/outbox.py reads and writes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from consumer.core.message import Partition
 
 INTAKE = Partition("", 0)  # the source of streams that no message caused: see `home`
 
 
-def home(topics: Sequence[str]) -> Partition:
+def home(topics: Collection[str]) -> Partition | None:
     """Return the input partition whose owner publishes what `app.publishing` stored.
 
-    topics: of the App. Kafka gives a partition to one worker of the group, so one worker does it, and another one after
-    it. While two versions of an App run, the owner of the first topic of both still has it for its own.
+    topics: of the App; None for none. Kafka gives a partition to one worker of the group, so one worker does it, and another one
+    after it. While two versions of an App run, the owner of the first topic of both still has it for its own.
     """
-    return Partition(min(topics), 0)
+    return Partition(min(topics), 0) if topics else None
 
 
 def named(source: Partition) -> str:

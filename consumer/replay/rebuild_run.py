@@ -114,6 +114,8 @@ class RebuildRun:
         options = self.options
         partitions = await find_partitions(self.source, self.topics, ())
         await self._check_log(partitions)
+        if self.app.has_patterns:  # what is not replayed is named
+            self.app.discover(await self.source.log.topics())
         compacted = [topic for topic in self.topics if await is_compacted(self.settings, topic)]
         rebuilt = await rebuild(
             self.app,

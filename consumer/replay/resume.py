@@ -17,6 +17,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import rule_text
 from consumer.core.message import Partition
+from consumer.core.topic_names import text_of
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
@@ -70,7 +71,8 @@ def _text(value: object) -> str:
 
 def _handler_text(handler: Handler) -> str:
     codes = handler_code.codes_at_start(handler)
-    options = [handler.topics, rule_text(handler.rule), handler.idempotent, handler.timeout, handler.retry]
+    names = [*handler.named_topics, *([text_of(handler.pattern)] if handler.pattern is not None else [])]
+    options = [names, rule_text(handler.rule), handler.idempotent, handler.timeout, handler.retry]
     return _text([*codes, handler.order, handler.concurrency, handler.batch, handler.allow_nan, *options])
 
 

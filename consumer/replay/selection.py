@@ -11,6 +11,7 @@ from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.suggestions import UnknownName, suggestion
+from consumer.core.topic_names import text_of
 
 
 def refuse_shards(app: App) -> None:
@@ -24,6 +25,7 @@ def refuse_shards(app: App) -> None:
 
 def handlers_of(app: App, topics: Sequence[str]) -> list[Handler]:
     """Return the handlers of any of these topics."""
+    app.discover(topics)
     return [handler for handler in app.handlers.values() if set(topics) & set(handler.topics)]
 
 
@@ -34,8 +36,8 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
     """
     refuse_no_topics(app, topics)
     for topic in topics:
-        if topic not in app.topics:
-            raise UnknownName(f"{app.name!r}: no handler of topic {topic!r}; {suggestion(topic, app.topics)}")
+        if not app.takes(topic):
+            raise UnknownName(f"{app.name!r}: no handler of topic {topic!r}; {app.selection.suggestion(topic)}")
     for name in names:
         _check_name(app, topics, name)
     chosen = [
@@ -56,7 +58,10 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
 def refuse_no_topics(app: App, topics: Sequence[str]) -> None:
     """Raise Misconfigured where no topic is named."""
     if not topics:
-        raise Misconfigured(f"topics: none is named; name at least one topic of {', '.join(app.topics)}")
+        patterns = [f"one that {text_of(pattern)} matches" for pattern in app.selection.patterns]
+        raise Misconfigured(
+            f"topics: none is named; name at least one topic of {', '.join([*sorted(app.selection.names), *patterns])}"
+        )
 
 
 def _check_name(app: App, topics: Sequence[str], name: str) -> None:

@@ -105,7 +105,7 @@ async def verify(
     if apply + rebuild + outgoing > 1:
         raise Misconfigured("apply, rebuild and outgoing: not together; choose one of them")
     settings = settings or load()
-    names = list(topics) or _idempotent_topics(app)
+    names = list(topics) or await _idempotent_topics(app, settings)
     options = Options(
         mode="apply" if apply else "check",
         start=_as_text(start),
@@ -127,7 +127,14 @@ async def verify(
     return await replay(app, settings, names, options, Progress())
 
 
-def _idempotent_topics(app: App) -> list[str]:
+async def _idempotent_topics(app: App, settings: Settings) -> list[str]:
+    if app.has_patterns:
+        source = KafkaConsumer(settings, None)
+        await source.start(settings.wait_seconds)
+        try:
+            app.discover(await source.log.topics())
+        finally:
+            await source.stop(5)
     return sorted({topic for handler in app.handlers.values() if handler.idempotent for topic in handler.topics})
 
 

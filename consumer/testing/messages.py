@@ -18,7 +18,6 @@ import msgspec
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Message, Partition, Record
-from consumer.core.suggestions import suggestion
 
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
 """The steps of a transaction at which `crash_at=` may crash it. Only the last one follows the COMMIT."""
@@ -123,9 +122,9 @@ def partition_of(message: Sent, app: App) -> Partition:
 
     Raises Misconfigured for a topic that no handler takes, and for a wrong partition.
     """
-    if message.topic not in app.topics:
+    if not isinstance(message.topic, str) or not app.takes(message.topic):
         raise Misconfigured(
-            f"{app.name!r}: no handler of topic {message.topic!r}; {suggestion(str(message.topic), app.topics)}"
+            f"{app.name!r}: no handler of topic {message.topic!r}; {app.selection.suggestion(str(message.topic))}"
         )
     number = message.partition
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:

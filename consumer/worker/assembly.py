@@ -42,6 +42,7 @@ from consumer.worker.partition_table import PartitionTable
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState, Shard
 from consumer.worker.shard_check import ShardCheck
+from consumer.worker.subscription import Subscription
 from consumer.worker.telemetry import counts_metrics
 from consumer.worker.upkeep import Upkeep
 from consumer.worker.wait_reports import Reporter
@@ -96,6 +97,7 @@ class Parts:
         self.source = KafkaConsumer(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         table = PartitionTable(app.shards or [""])
         self.shards = _shards_of(app, settings, table)
+        self.subscription = Subscription(app, self.shards, self._begin_metrics)
         self.recorder = Recorder() if counts_metrics(settings) else None
         self.lanes = _lanes_of(app, settings, self.shards, self.recorder)
         self._reporters = {
@@ -131,6 +133,10 @@ class Parts:
         )
         return MetricsReport(self.recorder, self._app.handlers.values(), worker, report)
 
+    def _begin_metrics(self) -> None:
+        if self.metrics_report is not None:
+            self.metrics_report.batches.begin()
+
     @property
     def _publishes(self) -> bool:
         return bool(self._app.publishes) or self._settings.dead_letter_topic is not None
@@ -143,7 +149,7 @@ class Parts:
         return {
             shard.name: OutboxRelay(
                 app.name,
-                app.topics,
+                self.subscription.home,
                 settings,
                 shard,
                 self.partitions.table,
@@ -159,7 +165,7 @@ class Parts:
         relay = self.relays.get(shard.name)
         return OutboxIntake(
             self._app.name,
-            self._app.topics,
+            self.subscription.home,
             shard,
             self.partitions.table,
             self.connections,
@@ -196,6 +202,7 @@ class Parts:
             self.source,
             self.shards,
             self.lanes,
+            self.subscription,
             self.partitions,
             halts,
             self.connections,
@@ -209,7 +216,7 @@ class Parts:
             list(self.relays.values()),
         )
         self._log_monitor = LogMonitor(
-            app.topics,
+            self.subscription,
             self.source,
             self.lanes,
             self.partitions,

@@ -33,6 +33,7 @@ from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partitions import Partitions
 from consumer.worker.registration import register
 from consumer.worker.shard import LaneState, Shard
+from consumer.worker.subscription import Subscription
 from consumer.worker.wait_reports import Reporter
 
 _CONTROL_SECONDS = 2.0  # for a report that runs while partitions are given up
@@ -65,6 +66,7 @@ class Assignment:
         source: KafkaConsumer,
         shards: Sequence[Shard],
         lanes: Sequence[LaneState],
+        subscription: Subscription,
         partitions: Partitions,
         halts: Halts,
         connections: Connections,
@@ -82,6 +84,7 @@ class Assignment:
         self._source = source
         self._shards = shards
         self._lanes = lanes
+        self._subscription = subscription
         self._partitions = partitions
         self._table = partitions.table
         self._halts = halts
@@ -102,6 +105,7 @@ class Assignment:
 
         Asks no service: the client sends no heartbeat meanwhile, and PostgreSQL may be away.
         """
+        self._subscription.joined(self._source.subscribed)
         self._partitions.assign(assigned)
         for relay in self._relays:
             relay.look()
@@ -202,7 +206,8 @@ class Assignment:
             control = await self._connections.control(shard)
             if control is None:
                 return None
-            if shard.registered != shard.epoch:
+            topics = {partition.topic for partition in wanted}
+            if shard.registered != shard.epoch or not topics <= shard.registered_topics:
                 await register(self._app, shard, control)
             positions = await self._read_positions(shard, control, wanted)
             numbers = {handler.number for handler in shard.handlers}

@@ -47,11 +47,15 @@ class BatchMetrics:
         self._on_settled = on_settled
         self.duplicates: list[SampledDuplicate] = []
         self._is_broken = False
-        self._begin(handlers)
+        self._handlers = handlers
+        self.begin()
 
-    def _begin(self, handlers: Iterable[Handler]) -> None:
-        """Set counters to 0: one that begins so shows its first increase."""
-        for handler in handlers:
+    def begin(self) -> None:
+        """Set counters to 0: one that begins so shows its first increase.
+
+        Again after handlers have got more topics.
+        """
+        for handler in self._handlers:
             for topic in handler.topics:
                 ends = [("dead_lettered", reason.value) for reason in Reason]
                 ends += [("duplicate", cause.value) for cause in Cause]

@@ -62,7 +62,7 @@ class KafkaState:
                 logging.ERROR,
                 "a topic was deleted: nothing more is read of it",
                 topic=topic,
-                do="create it again, or remove its handlers; positions of the old one need `consumer positions --adopt`",
+                do="create it again, or let no handler take it; positions of the old one need `consumer positions --adopt`",
             )
         for topic in sorted(self._deleted - deleted):
             event(logging.INFO, "a deleted topic exists again", topic=topic)

@@ -26,9 +26,10 @@ from consumer.worker.lifetime import Lifetime
 from consumer.worker.partition_table import State
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState
+from consumer.worker.subscription import Subscription
 from consumer.worker.watchdog import OpenTransactions
 
-_INTERVAL_SECONDS = 5.0  # a refused fetch is checked at once
+INTERVAL_SECONDS = 5.0  # a refused fetch is checked at once
 _REFUSED_INTERVAL_SECONDS = 0.5
 
 
@@ -40,7 +41,7 @@ class LogMonitor:
 
     def __init__(
         self,
-        topics: Sequence[str],
+        subscription: Subscription,
         source: KafkaConsumer,
         lanes: Sequence[LaneState],
         partitions: Partitions,
@@ -50,7 +51,7 @@ class LogMonitor:
         lifetime: Lifetime,
         patience_seconds: float,
     ) -> None:
-        self._topics = topics
+        self._subscription = subscription
         self._source = source
         self._lanes = lanes
         self._partitions = partitions
@@ -66,13 +67,14 @@ class LogMonitor:
         """Check at every interval, and at once when a fetch was refused."""
         while True:
             with suppress(TimeoutError):
-                seconds = min(_INTERVAL_SECONDS, self._patience_seconds / 2)
+                seconds = min(INTERVAL_SECONDS, self._patience_seconds / 2)
                 await asyncio.wait_for(self._halts.check_due.wait(), seconds)
             self._halts.check_due.clear()
             try:
-                identity = await self._source.log.identity(self._topics)
+                topics = self._subscription.topics
+                identity = await self._source.log.identity(topics)
                 self._kafka.available()
-                self._kafka.check_topics(self._topics, identity)
+                self._kafka.check_topics(topics, identity)
                 self._halts.unreadable.refused(identity.refused)
             except (KafkaError, TimeoutError, OSError) as error:
                 self._kafka.unavailable(error)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from consumer.core.message import Partition
 from consumer.logs import describe, event
 from consumer.outbox.record import Outgoing, StoredStream
-from consumer.outbox.streams import INTAKE, home
+from consumer.outbox.streams import INTAKE
 from consumer.postgres import dead_letter_copies, outbox_intake
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Outage
@@ -29,14 +30,14 @@ _PAUSE_SECONDS = (0.05, 1.0)
 class OutboxIntake:
     """Moves rows for one worker, over the connection beside its lanes.
 
-    topics: of the App. on_moved: called with an epoch and the rows whose COMMIT has returned. dead_letter_topic: where one is
+    home: the partition whose owner does it. on_moved: called with an epoch and the rows whose COMMIT has returned. dead_letter_topic: where one is
     set, dead letters that a worker of the version before has not published are moved, too.
     """
 
     def __init__(
         self,
         app: str,
-        topics: Sequence[str],
+        home: Callable[[], Partition | None],
         shard: Shard,
         table: PartitionTable,
         connections: Connections,
@@ -45,7 +46,7 @@ class OutboxIntake:
         dead_letter_topic: str | None,
     ) -> None:
         self._app = app
-        self._home = home(topics)
+        self._home = home
         self._shard = shard
         self._table = table
         self._connections = connections
@@ -63,7 +64,7 @@ class OutboxIntake:
             await self._lifetime.pause(pause)
             if self._lifetime.is_stopping:
                 return  # a loop that waits for nothing would block the event loop
-            if not self._table.has_assignment or self._home not in self._table.partitions():
+            if not self._table.has_assignment or self._home() not in self._table.partitions():
                 pause = _PAUSE_SECONDS[1]
                 continue
             try:

@@ -19,7 +19,7 @@ from consumer.kafka.batch_producer import BATCH_BYTES
 from consumer.logs import describe, event
 from consumer.outbox.record import StoredStream
 from consumer.outbox.send_queues import Row, SendQueues, rows_of
-from consumer.outbox.streams import INTAKE, Stream, home, named
+from consumer.outbox.streams import INTAKE, Stream, named
 from consumer.postgres import outbox
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Outage
@@ -43,13 +43,13 @@ _MISSING = "rows are missing in the outbox"
 class OutboxRelay:
     """Publishes one database's outbox for one worker.
 
-    topics: of the App. record_bytes: of the largest record that each topic takes.
+    home: the partition whose owner publishes what `app.publishing` stored. record_bytes: of the largest record that each topic takes.
     """
 
     def __init__(
         self,
         app: str,
-        topics: Sequence[str],
+        home: Callable[[], Partition | None],
         settings: Settings,
         shard: Shard,
         table: PartitionTable,
@@ -59,7 +59,7 @@ class OutboxRelay:
         on_step: Callable[[str], None],
     ) -> None:
         self._app = app
-        self._home = home(topics)
+        self._home = home
         self._settings = settings
         self._shard = shard
         self._table = table
@@ -215,7 +215,7 @@ class OutboxRelay:
     def _sources(self) -> list[Partition]:
         """The sources whose streams this worker publishes."""
         partitions = self._table.partitions()
-        return [*partitions, INTAKE] if self._home in partitions else partitions
+        return [*partitions, INTAKE] if self._home() in partitions else partitions
 
     def _update(self, state: outbox.StreamState) -> None:
         stream = self._streams.get(state.stream)

@@ -38,9 +38,11 @@ async def register_all(app: App, router: Router, shards: Sequence[Shard], connec
                 return False
             shard.epoch = shard.control.epoch
             # A handler has a number of its own in each ledger.
-            own = {name: handler if number == 0 else copy.copy(handler) for name, handler in app.handlers.items()}
+            shard.by_name |= {
+                name: handler if number == 0 else copy.copy(handler) for name, handler in app.handlers.items()
+            }
             for topic, handlers in app.by_topic().items():
-                shard.by_topic[topic] = [own[handler.name] for handler in handlers]
+                shard.by_topic[topic] = [shard.by_name[handler.name] for handler in handlers]
             await register(app, shard, shard.control)
         opened = [(shard.settings, shard.control) for shard in shards if shard.control]
         await shard_registry.check(app, router, opened)
@@ -58,13 +60,15 @@ async def register(app: App, shard: Shard, control: Session) -> None:
 
     A database that went back in time may give others.
     """
-    numbers, topics = await control.numbers(app.name, app.handlers, app.topics)
+    taken = app.topics
+    numbers, topics = await control.numbers(app.name, app.handlers, taken)
     with translated_errors(shard.settings):
         await coverage.register(control.connection, app)
         await id_rules.record(control.connection, app)
         await handler_code.record(control.connection, app)
         shard.code_recorded_at = time.monotonic()
     shard.ids.topics = topics
+    shard.registered_topics = frozenset(taken)
     shard.installation = control.installation
     for handler in shard.handlers:
         handler.number = numbers[handler.name]

@@ -33,12 +33,14 @@ class Shard:
     ids: LedgerIds
     init: ConnectionInit | None = None  # the App's connection_init
     by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
+    by_name: dict[str, Handler] = field(default_factory=dict)  # the same, also those of no topic yet
     precheck: Precheck | None = None  # its marks name the epoch of this database
     control: Session | None = None  # the connection beside the lanes
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     epoch: str = ""
     paused: frozenset[Partition] = frozenset()  # which of the assigned partitions they cover
     registered: str = ""  # the epoch that the numbers of handlers and topics are of
+    registered_topics: frozenset[str] = frozenset()
     code_recorded_at: float = 0.0
     installation: str = ""
     positions_wanted: asyncio.Event = field(default_factory=asyncio.Event)  # some partition may be unpositioned
@@ -51,8 +53,8 @@ class Shard:
 
     @property
     def handlers(self) -> set[Handler]:
-        """The handlers of all topics, with their numbers in this ledger."""
-        return {handler for handlers in self.by_topic.values() for handler in handlers}
+        """All handlers, with their numbers in this ledger."""
+        return set(self.by_name.values())
 
 
 @dataclass(slots=True, eq=False)

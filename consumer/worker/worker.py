@@ -117,7 +117,13 @@ class Worker:
         starting.result()
         if parts.relays:
             await check_topics(self._app, self._settings, lifetime, self.source.log)
-        self.source.subscribe(self._app.topics, parts.assignment.on_revoked, parts.assignment.on_assigned)
+        subscription = parts.subscription
+        self.source.subscribe(
+            self._app.topics,
+            parts.assignment.on_revoked,
+            parts.assignment.on_assigned,
+            subscription.takes if subscription.has_patterns else None,
+        )
         event(
             logging.INFO,
             "worker started",

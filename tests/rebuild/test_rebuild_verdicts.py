@@ -376,7 +376,7 @@ async def test_message_that_a_new_handler_need_not_settle_is_no_conflict(place: 
     await consume_all(both, place.settings())
     if declared:
         connection = await asyncpg.connect(place.dsn)
-        await coverage.begin_here(connection, both, "b", [topic])
+        await coverage.begin_here(connection, both, "b", topic)
         await connection.close()
     result = await rebuilt(place, both)
     assert unknown_kinds(result) == ([] if declared else ["id_conflict"]) and result.agrees is declared

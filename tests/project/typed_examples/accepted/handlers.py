@@ -1,5 +1,6 @@
 """Handlers that work, in every shape: no type checker may refuse one."""
 
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,6 +74,14 @@ async def functions_of_the_value(message: Message[Payment], tx: Tx | None) -> No
 
 def reference_of(refund: Refund) -> str | None:
     return refund.reference
+
+
+@app.handler("payments", topics=re.compile(r"payments\.(eu|us)"), name="by_pattern")
+async def by_pattern(payment: Payment, tx: Tx) -> None: ...
+
+
+@app.handler(topics=re.compile("clicks", re.I), batch=10)
+async def listed_by_pattern(clicks: list[Click], tx: Tx) -> None: ...
 
 
 @app.handler("refunds", message_id=reference_of, fingerprint=None)

@@ -1,5 +1,7 @@
 """Mistakes in handlers that a type checker shows."""
 
+import re
+
 import msgspec
 
 from consumer import App, HandlerOptions, Message, Retry, Tx
@@ -23,6 +25,9 @@ async def async_id(payment: Payment) -> str:
 app.handler("payments", concurency=3)(handler)  # refused
 app.handler("payments", batch_size=3)(handler)  # refused
 app.handler("payments", topics=["refunds"])(handler)  # refused
+app.handler(topics="payments.*")(handler)  # refused
+app.handler(topics=re.compile(b"payments.*"))(handler)  # refused
+app.handler(re.compile("payments.*"))(handler)  # refused
 app.handler("payments", remembers=0)(handler)  # refused
 app.handler("payments", order="keys")(handler)  # refused
 app.handler("payments", fingerprint="bites")(handler)  # refused

@@ -1,0 +1,100 @@
+"""A worker's topics follow what it has joined the group with."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+from aiokafka.consumer.subscription_state import SubscriptionState
+
+from consumer import App
+from consumer.core.message import Partition
+from consumer.kafka.internals import ClientControl
+from consumer.settings import Settings
+from consumer.transaction.result import LedgerIds
+from consumer.worker.shard import Shard
+from consumer.worker.subscription import Subscription
+
+pytestmark = pytest.mark.unit
+
+
+async def take(body: dict[str, int]) -> None: ...
+
+
+def app_of(*names: str) -> App:
+    app = App("shop")
+    app.handler(*names, topics=re.compile(r"payments\..*"), name="settle")(take)
+    app.handler("payments.us", name="count")(take)
+    return app
+
+
+def shard_of(app: App) -> Shard:
+    shard = Shard("", Settings(), LedgerIds(app.name, {}))
+    shard.by_name |= app.handlers
+    shard.by_topic |= app.by_topic()
+    return shard
+
+
+def test_new_topics_get_their_handlers_once() -> None:
+    app, calls = app_of(), list[None]()
+    shard = shard_of(app)
+    lanes_view = shard.by_topic  # the lanes hold this object
+    subscription = Subscription(app, [shard], lambda: calls.append(None))
+    subscription.joined(["payments.us"])
+    assert not calls
+    subscription.joined(["payments.us", "payments.eu"])
+    subscription.joined(["payments.us", "payments.eu"])
+    assert calls == [None]
+    assert {topic: [handler.name for handler in handlers] for topic, handlers in lanes_view.items()} == {
+        "payments.us": ["settle", "count"],
+        "payments.eu": ["settle"],
+    }
+    subscription.joined(["payments.eu"])  # deleted: what is known of it stays
+    assert subscription.topics == ["payments.eu", "payments.us"]
+
+
+def test_each_shard_keeps_its_own_handlers() -> None:
+    app, other = app_of(), app_of()
+    shards = [shard_of(app), shard_of(other)]
+    Subscription(app, shards).joined(["payments.eu"])
+    assert shards[0].by_topic["payments.eu"] == [app.handlers["settle"]]
+    assert shards[1].by_topic["payments.eu"] == [other.handlers["settle"]]
+
+
+def test_intake_has_a_home_as_soon_as_a_topic_exists() -> None:
+    app = App("shop")
+    app.handler(topics=re.compile(r"payments\..*"))(take)
+    subscription = Subscription(app, [shard_of(app)])
+    assert subscription.home() is None
+    subscription.joined(["payments.us", "payments.eu"])
+    assert subscription.home() == Partition("payments.eu", 0)
+    subscription.joined(["payments.us"])
+    assert subscription.home() == Partition("payments.us", 0)
+    named = app_of("refunds")
+    fixed = Subscription(named, [shard_of(named)])
+    fixed.joined(["payments.aa"])
+    assert fixed.home() == Partition("payments.us", 0)  # the first that handlers name, whatever exists
+
+
+async def test_the_client_joins_again_whenever_other_topics_match() -> None:
+    """Else it fails for good.
+
+    It asserts that its assignment is valid after it has looked for its coordinator.
+    """
+    state, rejoins = SubscriptionState(asyncio.get_running_loop()), list[None]()
+
+    class Coordinator:
+        def request_rejoin(self) -> None:
+            rejoins.append(None)
+
+    class Client:
+        def set_topics(self, topics: list[str]) -> None:
+            assert topics == []  # which is all
+
+    consumer: Any = type("Consumer", (), {"_subscription": state, "_coordinator": Coordinator(), "_client": Client()})()
+    ClientControl(consumer).subscribe_matching(lambda topic: topic == "a", None)
+    assert state.subscribed_pattern.match("a") and not state.subscribed_pattern.match("ab")
+    state.subscribe_from_pattern({"a"})
+    assert state.topics == {"a"} and rejoins == [None]
