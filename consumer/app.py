@@ -20,7 +20,7 @@ from consumer.core.handler_options import EffectOptions, HandlerOptions
 from consumer.core.handler_signature import Function
 from consumer.core.record_decoding import DecodeOption, check_option
 from consumer.core.shard_route import Route, check_names
-from consumer.core.topic_names import Pattern, TopicSelection, refuse_own
+from consumer.core.topic_names import TopicSelection, refuse_own
 from consumer.core.worker_health import EmbeddedWorker
 from consumer.outbox.encoding import EncodeOption, encode_function
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
@@ -203,10 +203,7 @@ class App:
                 f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}; "
                 "give one of them another name with name="
             )
-        try:
-            refuse_own(handler.pattern, handler.named_topics, self.publishes)
-        except RegistrationError as error:
-            raise RegistrationError(f"{handler.place}: handler {handler.name!r}: {error}") from None
+        refuse_own(handler.pattern, handler.named_topics, self.publishes, handler.wrong)
         handler.app, handler.publishes, handler.encode = self.name, self.publishes, self.encode
         _open_sessions(handler)
         self._handlers[handler.name] = handler

@@ -93,6 +93,10 @@ class Handler:
             new = {topic for topic in topics if topic_names.matches(self.pattern, topic)}.difference(self.topics)
             self.topics += tuple(sorted(new))
 
+    def wrong(self, problem: str) -> RegistrationError:
+        """Return an error that names the place of the handler."""
+        return RegistrationError(f"{self.place}: handler {self.name!r}: {problem}")
+
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.
 
@@ -212,7 +216,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise wrong("name= must be text of 1 to 200 characters without spaces")
     _check_surrogates((name, *topics), place)
-    pattern = _pattern(topics, options, wrong)
+    pattern = topic_names.check_topics(topics, options.get("topics"), wrong)
     if not inspect.iscoroutinefunction(inspect.unwrap(function)):
         raise wrong("must be an `async def` function")
     order = _order(options, wrong)
@@ -273,13 +277,6 @@ def _check_surrogates(texts: tuple[object, ...], place: str) -> None:
             raise RegistrationError(
                 f"{place}: {text.encode('ascii', 'backslashreplace').decode()}: a lone surrogate, which UTF-8 cannot write; leave it out"
             )
-
-
-def _pattern(topics: tuple[str, ...], options: Mapping[str, Any], wrong: Wrong) -> topic_names.Pattern | None:
-    try:
-        return topic_names.check_topics(topics, options.get("topics"))
-    except RegistrationError as error:
-        raise wrong(str(error)) from None
 
 
 def _order(options: Mapping[str, Any], wrong: Wrong) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from consumer.core.errors import RegistrationError
+from consumer.core.handler_signature import Wrong
 from consumer.core.suggestions import suggestion
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -20,45 +20,43 @@ _EXAMPLE = r'topics=re.compile(r"payments\.(eu|us)")'
 Pattern = re.Pattern[str]
 
 
-def check_topics(names: Sequence[object], pattern: object) -> Pattern | None:
+def check_topics(names: Sequence[object], pattern: object, wrong: Wrong) -> Pattern | None:
     """Check the topics of a handler; return the pattern.
 
-    names: that it names. pattern: the option topics=. Raises RegistrationError, without a place.
+    names: that it names. pattern: the option topics=. wrong: makes a RegistrationError of a text, which is raised.
     """
     if not names and pattern is None:
-        raise RegistrationError(f'name at least one topic: @app.handler("payments"), or give a pattern: {_EXAMPLE}')
+        raise wrong(f'name at least one topic: @app.handler("payments"), or give a pattern: {_EXAMPLE}')
     for name in names:
         if isinstance(name, re.Pattern):
-            raise RegistrationError(f"a pattern among the names of topics; write {_EXAMPLE}")
+            raise wrong(f"a pattern among the names of topics; write {_EXAMPLE}")
         if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
-            raise RegistrationError(f"topic {name!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+            raise wrong(f"topic {name!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
     if len(set(names)) != len(names):
-        raise RegistrationError("a topic is named twice")
-    return None if pattern is None else _checked(pattern)
+        raise wrong("a topic is named twice")
+    return None if pattern is None else _checked(pattern, wrong)
 
 
-def _checked(pattern: object) -> Pattern:
+def _checked(pattern: object, wrong: Wrong) -> Pattern:
     """Return a pattern that can match some topic."""
     if isinstance(pattern, str):
-        raise RegistrationError(
+        raise wrong(
             f'topics={pattern!r}: text; a pattern is compiled, topics=re.compile(r"{pattern}"), and names come without topics='
         )
     if not isinstance(pattern, re.Pattern):
-        raise RegistrationError(
+        raise wrong(
             f'topics={pattern!r}: no compiled pattern; write {_EXAMPLE}, and names without topics=: @app.handler("payments")'
         )
     if not isinstance(pattern.pattern, str):
-        raise RegistrationError(f"topics=: a pattern of bytes, and names of topics are text; write {_EXAMPLE}")
+        raise wrong(f"topics=: a pattern of bytes, and names of topics are text; write {_EXAMPLE}")
     if useless := [name for name, flag in _FLAGS.items() if pattern.flags & flag]:
-        raise RegistrationError(
-            f"topics=: the flag {' and '.join(useless)} means nothing for the name of a topic; leave it out"
-        )
+        raise wrong(f"topics=: the flag {' and '.join(useless)} means nothing for the name of a topic; leave it out")
     if pattern.pattern.lstrip("^").startswith(_INTERNAL):
-        raise RegistrationError(
+        raise wrong(
             "topics=: no pattern matches topics that begin with two underscores, which belong to Kafka; name the topic instead"
         )
     if not pattern.pattern.strip("^$"):
-        raise RegistrationError(f"topics=: the pattern is empty, and matches no topic; write {_EXAMPLE}")
+        raise wrong(f"topics=: the pattern is empty, and matches no topic; write {_EXAMPLE}")
     return pattern
 
 
@@ -67,14 +65,14 @@ def matches(pattern: Pattern | None, topic: str) -> bool:
     return pattern is not None and not topic.startswith(_INTERNAL) and pattern.fullmatch(topic) is not None
 
 
-def refuse_own(pattern: Pattern | None, names: Iterable[str], published: Iterable[str]) -> None:
-    """Raise RegistrationError for a pattern that matches what the App publishes.
+def refuse_own(pattern: Pattern | None, names: Iterable[str], published: Iterable[str], wrong: Wrong) -> None:
+    """Raise what `wrong` makes, for a pattern that matches what the App publishes.
 
     Its messages would come back to it. names: that the handler names, and so takes on purpose.
     """
     for topic in sorted(set(published) - set(names)):
         if matches(pattern, topic):
-            raise RegistrationError(
+            raise wrong(
                 f"topics= matches {topic!r}, which the App publishes to, so it would read what it writes; narrow the pattern, or "
                 f'name that topic as well, if you mean it: @app.handler("{topic}", topics=…)'
             )

@@ -9,9 +9,12 @@ import asyncio
 import json
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 from uuid import uuid4
 
+import documents
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from harness import (
@@ -36,6 +39,8 @@ from worker_log import WorkerLog
 from consumer import App, Tx
 from consumer.core.message import Partition
 from consumer.kafka.admin import group_offsets
+from consumer.testing import ExactlyOnce
+from consumer.testing import Sent as Delivery
 from consumer.worker import log_monitor
 
 
@@ -172,3 +177,23 @@ async def _added_handler(place: Place, prefix: str, app: App, topic: str) -> Non
         return bool(answer["missing_topics"] == [topic] and kinds == ["deleted_topic"])
 
     await until("the deleted topic to be reported", reported, 60)
+
+
+async def test_code_of_the_page_settles_messages_of_matching_topics(
+    exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ROOT / "docs/how-to/topic-patterns.md"
+    code = next(block.code for block in documents.blocks(file) if block.language == "python")
+    page = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # where annotations are looked up
+    exec(compile(code, str(file), "exec"), page.__dict__)
+    trial = await exactly_once(
+        page.app, schema="create table payments (payment_id text primary key, region text, amount int)"
+    )
+    body = {"payment_id": "p", "amount": 5}
+    paid = [Delivery("payments.eu", body, id="1"), Delivery("payments.us", {**body, "payment_id": "q"}, id="2")]
+    back = [Delivery(topic, {"payment_id": "p", "amount": 1}, id=topic) for topic in ("refunds", "refunds.fr")]
+    await trial.deliver(*paid, *back)
+    await trial.deliver_again()
+    rows = [tuple(row) for row in await trial.fetch("select * from payments order by payment_id")]
+    assert rows == [("p", "eu", 3), ("q", "us", 5)]
