@@ -80,6 +80,7 @@ def readers(app: App, path: str, topic: str) -> list[Handler]:
 
     None where the App only publishes it. Raises UnknownName for a topic that it does neither with.
     """
+    app.discover([topic])
     handlers = [handler for handler in app.handlers.values() if topic in handler.topics]
     if not handlers and topic not in app.publishes:
         known = [*app.topics, *app.publishes]

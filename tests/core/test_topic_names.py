@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consumer import App, Misconfigured, RegistrationError
+from consumer.admin.produce import readers
 from consumer.core.topic_names import TopicSelection, matches, text_of
 from consumer.testing import Sent
 from consumer.testing.messages import partition_of
@@ -110,6 +111,13 @@ def test_a_topic_that_is_named_in_a_command_need_not_exist() -> None:
     assert not app.takes("payments.fr") and app.topics == []
     assert app.takes("payments.us") and app.topics == ["payments.us"]
     assert not app_of(settle=(("a",), None)).has_patterns
+
+
+def test_consumer_produce_sends_to_topics_that_match() -> None:
+    app = app_of(settle=((), PAYMENTS))
+    assert [handler.name for handler in readers(app, "shop:app", "payments.us")] == ["settle"]
+    with pytest.raises(Misconfigured, match="neither has a handler"):
+        readers(app, "shop:app", "payments.fr")
 
 
 def test_an_effect_takes_a_pattern() -> None:
