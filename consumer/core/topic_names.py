@@ -66,7 +66,7 @@ def matches(pattern: Pattern | None, topic: str) -> bool:
 
 
 def refuse_own(pattern: Pattern | None, names: Iterable[str], published: Iterable[str], wrong: Wrong) -> None:
-    """Raise what `wrong` makes, for a pattern that matches what the App publishes.
+    """Refuse a pattern that matches what the App publishes.
 
     Its messages would come back to it. names: that the handler names, and so takes on purpose.
     """
