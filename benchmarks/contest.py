@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import sys
+import sysconfig
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 Row = dict[str, str]
+
+
+def machine() -> str:
+    """Cores and interpreter.
+
+    A Python that was built without optimizations takes 8 to 15 % more CPU time.
+    """
+    is_optimized = "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS"))
+    build = "optimized" if is_optimized else "built without --enable-optimizations"
+    return f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()} ({build})"
 
 
 @dataclass

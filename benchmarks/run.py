@@ -16,15 +16,13 @@ the highest. After every drain the effects are compared with what was produced: 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from bench import ROOT, Bench, servers
-from contest import Options, ScenarioResult, table
+from contest import Options, ScenarioResult, machine, table
 from plot import bars
 from publishing import publishing, publishing_latency, publishing_steady
 from scenarios import SCENARIOS, UNUSUAL
@@ -68,7 +66,7 @@ def write(names: list[str], results: dict[str, ScenarioResult], options: Options
             continue
         page = (
             f'{section(name, results[name])}\n`make bench ARGS="--scenario {name} --messages {options.messages} --rounds {options.rounds}"`, '
-            f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, all on one machine.\n"
+            f"{machine()}, all on one machine.\n"
         )
         text = f"{text.partition(begin)[0]}{begin}\n\n{page}\n{end}{text.partition(end)[2]}"
         if results[name].bars:
@@ -103,6 +101,7 @@ def main() -> None:
     if min(given.messages, given.rounds, given.ledger_rows, given.seconds) <= 0:
         parser.error("--messages, --rounds, --ledger-rows and --seconds are more than 0")
     options = Options(given.messages, given.rounds, given.only, given.ledger_rows, given.seconds)
+    print(f"{machine()}, everything on this machine", file=sys.stderr)
     logs.configure("error", "json")
     results = run_loop(run(names, options))
     if given.write:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import os
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+from contest import machine
 from redis.asyncio import Redis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,8 +384,8 @@ async def run(rounds: int, operations: int) -> tuple[dict[str, list[float]], dic
 
 def tables(seconds: dict[str, list[float]], contested: dict[int, list[list[float]]], operations: int) -> str:
     lines = [
-        f"{operations} operations, median of {len(next(iter(seconds.values())))} interleaved rounds, {os.cpu_count()} cores "
-        f"({platform.machine()}), Python {platform.python_version()}, servers on the same machine.",
+        f"{operations} operations, median of {len(next(iter(seconds.values())))} interleaved rounds, {machine()}, "
+        "servers on the same machine.",
         "",
         "| operation | in | µs | lowest | highest | round trips' worth |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from consumer.core.handler_options import EffectOptions, HandlerOptions
     from consumer.core.message import Message
     from consumer.core.retry import Retry
+    from consumer.outbox.new_ids import new_message_id
     from consumer.replay.findings import Findings
     from consumer.replay.verify import verify
     from consumer.settings import Settings
@@ -48,6 +49,7 @@ __all__ = [
     "TransactionMisuse",
     "Tx",
     "is_dry_run",
+    "new_message_id",
     "verify",
 ]
 
@@ -71,6 +73,7 @@ _MODULES = {
     "TransactionMisuse": "core.errors",
     "Tx": "transaction.tx",
     "is_dry_run": "transaction.dry_run_guard",
+    "new_message_id": "outbox.new_ids",
     "verify": "replay.verify",
 }
 

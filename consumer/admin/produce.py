@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 from consumer.admin.produce_plan import Outgoing, Problem, SeenIds, check, shown_id, with_id
 from consumer.app import App
@@ -28,6 +27,7 @@ from consumer.decoders.preparation import fetch_schemas, open_registry
 from consumer.kafka.admin import topic_configs
 from consumer.kafka.errors import KafkaError
 from consumer.kafka.producer import open_producer
+from consumer.outbox.new_ids import new_message_id
 from consumer.outbox.record import RECORD_BYTES_MAX, sent_size
 from consumer.settings import Settings
 
@@ -132,7 +132,7 @@ class Producing:
 
     async def _message(self, place: int, line: Line, seen: SeenIds) -> Outgoing:
         request, text = self._request, line.text
-        new, wanted, key = str(uuid4()).encode(), request.message_id, request.key
+        new, wanted, key = str(new_message_id()).encode(), request.message_id, request.key
         if request.id_field is not None and text is not None:
             wanted = field_of(text, request.id_field.split(".")).encode()
         if request.key_field is not None and text is not None:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import uuid4
 
 from consumer.core.errors import TransactionMisuse
 from consumer.outbox.encoding import EncodeFunction, encoded
+from consumer.outbox.new_ids import new_message_id
 from consumer.outbox.record import (
     HeadersArgument,
     OutgoingRecord,
@@ -53,7 +53,7 @@ class Publishing:
         - topic: one of App(publishes=[...]).
         - value: bytes and str as they are, None as a tombstone, anything else as JSON; with App(encode=…) as that says.
         - headers: names with str, bytes or None.
-        - id: the message id; by default a random UUID. Give one that a repeated request gives again, and the next App
+        - id: the message id; by default a new one (`new_message_id`). Give one that a repeated request gives again, and the next App
           applies the message once.
 
         Raises TransactionMisuse for an undeclared topic, a record of more than 1,048,588 bytes, a reserved or bad header,
@@ -63,7 +63,7 @@ class Publishing:
             raise TransactionMisuse("publish: the block of `app.publishing` has ended; publish inside of it")
         bytes_max = check_topic(topic, self._topics)
         body, own = encoded(topic, value, headers, self._encode)
-        message_id = uuid4().bytes if id is None else given_id(id)
+        message_id = new_message_id().bytes if id is None else given_id(id)
         record = OutgoingRecord(topic, message_id, encoded_key(key), body, own)
         check_size(record, bytes_max)
         self._records.append(record)
