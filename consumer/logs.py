@@ -64,6 +64,8 @@ def configure(level: str, style: str, stream: TextIO | None = None, config: str 
 def _configure_from(path: Path) -> None:
     """Configure logging from a file: JSON or TOML for dictConfig, or ini."""
     what = f"CONSUMER_LOG_CONFIG: {path}"
+    if (here := str(Path.cwd())) not in sys.path:  # as for the App: a formatter may be the application's
+        sys.path.insert(0, here)
     try:
         match path.suffix.lower():
             case ".json":
@@ -127,7 +129,7 @@ _background: list[_Background] = []
 
 def never_wait() -> None:
     """Write our events in a thread: a full pipe must not block."""
-    for handler in log.handlers:
+    for handler in [*log.handlers, *(logging.getLogger().handlers if log.propagate else ())]:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             background = _Background(handler.stream)
             _background.append(background)

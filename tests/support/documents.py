@@ -45,7 +45,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        named = re.fullmatch(r"(?:#|--) ([\w.]+\.(?:py|sql))", self.code.split("\n", 1)[0])
+        named = re.fullmatch(r"(?:#|--) ([\w.]+\.(?:py|sql|toml))", self.code.split("\n", 1)[0])
         return named[1] if named else None
 
     def __str__(self) -> str:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import pytest
-from harness import ROOT, consumer, is_one_line
+from harness import ROOT, Place, Sent, consumer, execute, is_one_line, running, until
 
 SCRIPT = """
 import logging, sys
@@ -188,3 +189,33 @@ def test_log_config_that_cannot_be_used_is_one_line(tmp_path: Path, name: str, t
     (tmp_path / "shop.py").write_text(APP.format(before=""))
     result = consumer(tmp_path, "replay", "shop:app", "orders", "--log-config", name)
     is_one_line(result, "CONSUMER_LOG_CONFIG", says)
+
+
+PAGE = ROOT / "docs" / "how-to" / "logging.md"
+
+
+async def test_one_format_of_the_applications_own_for_every_process(place: Place, tmp_path: Path) -> None:
+    """The page's files, with structlog."""
+    topic = await place.topic()
+    for block in documents.blocks(PAGE):
+        if block.file:
+            (tmp_path / block.file).write_text(block.code.replace('"payments"', f'"{topic}"'))
+    await execute(place.dsn, "create table payments (id int, amount int); grant all on payments to public")
+    await place.send(topic, Sent({"id": 7, "amount": 5}, id="7"))
+    [line] = [line for block in documents.blocks(PAGE) if block.language == "sh" for line in documents.commands(block)]
+    # A worker finds the formatter in its current directory alone.
+    async with running(line.split()[1:], place.settings(), tmp_path, PYTHONPATH=str(ROOT)) as command:
+
+        async def is_settled() -> bool:
+            return "payment settled" in command.errors and "partitions opened" in command.errors
+
+        await until("a line of the handler", is_settled, 90)
+        command.process.terminate()
+        assert await command.wait() == 0
+    lines = [json.loads(line) for line in command.errors.splitlines()]  # there is no other line
+    assert {"event", "logger", "level", "timestamp"} <= set.intersection(*(set(line) for line in lines))
+    by_event = {line["event"]: line for line in lines}
+    assert by_event["worker process started"]["worker"] == 0  # of the supervisor
+    assert by_event["partitions opened"]["count"] == 1  # of a worker
+    assert by_event["payment settled"]["payment"] == 7 and by_event["payment settled"]["logger"] == "billing"
+    assert not any("fields" in line for line in lines)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ async def test_a_web_application_consumes_and_drains_at_sigterm(place: Place, tm
     text = (tmp_path / "log").read_text()
     assert await is_written("slow") == 1, text
     assert "Application shutdown complete" in text and "Traceback" not in text
+    assert "partitions opened" not in text  # info of `consumer`, for which the host has no handler
     assert await value(place.dsn, "select next_offset from consumer.positions") == 2
 
 
@@ -110,6 +113,14 @@ async def test_programs_of_the_page_consume_and_check(place: Place, tmp_path: Pa
     assert check.returncode == 0 and answer.startswith("Nothing is missing"), answer + errors
 
 
+def logging_of_the_host() -> list[object]:
+    """What `consumer run` sets and `app.worker` leaves alone."""
+    loggers = [logging.getLogger(name) for name in ("", "consumer", "aiokafka", "asyncio", "asyncpg", "redis")]
+    state: list[object] = [(logger.level, [*logger.handlers], logger.propagate, logger.disabled) for logger in loggers]
+    handler = asyncio.get_running_loop().get_exception_handler()
+    return [*state, threading.excepthook, sys.unraisablehook, handler]
+
+
 async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ready(*_: object) -> None: ...
 
@@ -118,6 +129,7 @@ async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeyp
 
     monkeypatch.setattr(embedded, "check_ready", ready)
     monkeypatch.setattr(Worker, "run", fails)
+    of_the_host = logging_of_the_host()
     async with App("web").worker(settings_for("postgresql://user@127.0.0.1:1/none", "127.0.0.1:1", None)) as worker:
         assert worker.health.state == "starting" and not worker.health.ready
 
@@ -127,6 +139,7 @@ async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeyp
         await until("the worker to fail", failed)
         assert worker.health.error is not None and worker.health.error.startswith("KeyError at test_embedded.py:")
         assert "secret" not in worker.health.error
+        assert logging_of_the_host() == of_the_host
 
 
 async def test_settings_that_are_none_are_refused_with_one_line() -> None:

@@ -157,9 +157,19 @@ async def test_worker_that_reads_no_orders_is_ended(place: Place, tmp_path: Path
         assert await command.wait(40) == 1
 
 
-def test_log_without_a_reader_does_not_keep_the_supervisor(place: Place, tmp_path: Path) -> None:
+LOG_CONFIG = """
+handlers = {all = {class = "logging.StreamHandler"}}
+root = {handlers = ["all"], level = "INFO"}
+"""
+
+
+@pytest.mark.parametrize("log_config", [None, "logs.toml"], ids=["our handler", "a handler of --log-config"])
+def test_log_without_a_reader_does_not_keep_the_supervisor(
+    place: Place, tmp_path: Path, log_config: str | None
+) -> None:
     """Standard error is a full pipe, and SIGTERM ends the supervisor."""
-    service = Service(place, "nowhere", tmp_path, POOL)
+    (tmp_path / "logs.toml").write_text(LOG_CONFIG)
+    service = Service(place, "nowhere", tmp_path, POOL, log_config=log_config)
     read, write = os.pipe()
     environment = {**os.environ, **service.settings.dump(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     process = subprocess.Popen(
