@@ -167,16 +167,7 @@ class Tail:
         partitions = await find_partitions(source, topics, self.options.partitions)
         now = int(time.time() * 1000)
         start = parse(self.options.start, "--from", now)
-        known: dict[Partition, int] = {}
-        if "position" in (self.options.start, self.options.until):
-            for shard in self._router.shards or ("",):
-                at = await self.ledgers.ask(
-                    shard, lambda asked: positions.read_positions(asked, self.app.name, partitions)
-                )
-                known |= {
-                    partition: min(position.offset, known.get(partition, position.offset))
-                    for partition, position in at.items()
-                }
+        known = await self._positions(partitions)
         if self.options.until is not None and self.options.last is None:
             return await resolve(source, partitions, start, parse(self.options.until, "--until", now), known)
         spans = await spans_between(source, partitions, start, Latest(), known)
@@ -184,6 +175,18 @@ class Tail:
             span._replace(first=span.end if self.options.last is not None else span.first, end=_FOR_EVER)
             for span in spans
         ]
+
+    async def _positions(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Return the lowest position of each partition in all shards.
+
+        Asked in any case: a database that cannot be used is an error at once, not with the first message.
+        """
+        known: dict[Partition, int] = {}
+        for shard in self._router.shards or ("",):
+            at = await self.ledgers.ask(shard, lambda asked: positions.read_positions(asked, self.app.name, partitions))
+            for partition, position in at.items():
+                known[partition] = min(position.offset, known.get(partition, position.offset))
+        return known
 
     async def _show_last(
         self, source: KafkaConsumer, spans: Sequence[Span], last: int, show: Callable[[Sequence[Shown]], None]

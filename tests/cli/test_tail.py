@@ -14,6 +14,7 @@ from harness import Place, Sent, consume_all, consumer, is_one_line, query, unti
 
 from consumer import App, Reject, Retry, Tx
 from consumer.admin.tail import Shown, Tail, TailOptions
+from consumer.local_servers import free_port
 
 APP = """
 from consumer import App, Tx
@@ -158,5 +159,7 @@ async def test_the_command_prints_values_only_when_asked(place: Place, tmp_path:
     rows = [json.loads(line) for line in run(*end, "--json").stdout.splitlines()]
     assert [(row["id"], row["key"]) for row in rows] == [("a", "k"), ("b", None)] and "4929" not in str(rows)
     is_one_line(run(topic[:-1]), f"did you mean {topic}?")
+    nowhere = f"postgresql://u@127.0.0.1:{free_port()}/x"  # before any message comes
+    is_one_line(run("--postgres-dsn", nowhere, "--wait", "0.5"), "127.0.0.1")
     is_one_line(run("--until", "latest"), "--until", "say where to begin")
     is_one_line(run("-n", "1", "--key", "k"), "--last", "not with --from or --key")
