@@ -36,8 +36,6 @@ _ROLLBACK = (
     "rollback() of a session in a handler: the transaction holds other messages too; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
 )
-_NOT_A_TX = "session(): its first argument is no Tx; give the Tx that the handler gets"
-_NOT_ASYNC = "session(): the class of the session is no AsyncSession; give SQLAlchemy's, SQLModel's, or a class of yours below one"
 _ROLLED_BACK = (
     "the handler: it went on after its session was rolled back, and its writes stay; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
@@ -61,8 +59,12 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
     leaves the block. As there, it fails the message unless a savepoint was around it. A caller may not assume that
     objects can be used after the block where something of them is not loaded.
     """
-    if not hasattr(tx, "savepoint") or not hasattr(kind, "sync_session_class"):
-        raise TransactionMisuse(_NOT_A_TX if not hasattr(tx, "savepoint") else _NOT_ASYNC)
+    if not hasattr(tx, "savepoint"):
+        raise TransactionMisuse(f"session(): a {type(tx).__name__} is no Tx; give the Tx that the handler gets")
+    if not hasattr(kind, "sync_session_class"):
+        raise TransactionMisuse(
+            "session(): its class is no AsyncSession; give SQLAlchemy's, SQLModel's, or one of yours"
+        )
     idle = tx._scope.preparer.idle
     connection, driver = idle.pop() if idle else await connect()
     driver.tx = tx

@@ -23,9 +23,6 @@ from consumer.transaction.scope import Scope, savepoint_name
 _CANCELLED_SECONDS = 5.0
 _SET_LOCAL = "select current_setting($1, true), set_config($1, $2, true)"
 _RESET_LOCAL = "select set_config(s.name, s.value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
-_NO_TEXT = (
-    "tx.{}: no text, but {}; give SQL as text, or run a statement of SQLAlchemy with session(tx), or with tx.defer"
-)
 _SEVERAL = "{}: several commands in one text, which PostgreSQL takes only without parameters; send them one by one"
 
 
@@ -52,7 +49,10 @@ _inside: ContextVar[_Level | None] = ContextVar("consumer_savepoint", default=No
 
 def _refuse_several(method: str, sql: str) -> None:
     if not isinstance(sql, str):
-        raise TransactionMisuse(_NO_TEXT.format(method, type(sql).__name__))
+        raise TransactionMisuse(
+            f"tx.{method}: no text, but {type(sql).__name__}; give SQL as text, or run a statement of SQLAlchemy with "
+            "session(tx), or with tx.defer"
+        )
     if ";" in sql and traits(sql).several:
         raise TransactionMisuse(_SEVERAL.format(method))
 

@@ -18,7 +18,7 @@ ERRORS = {"Misconfigured", "RegistrationError", "SchemaMissing", "TransactionMis
 # The subject or the whole text comes from elsewhere, where it has the form already.
 PASSED_ON = {
     "refusal", "faults + answered", "'; '.join(objections) + ' (or --force)'", "'; '.join(errors)", "str(error)", "guard.refused",
-    "f'App({name!r}): {fault}'", "f'App({name!r}): {error}'", "f'--listen {options.listen}: {address_problem(error)}'", "_ENDED", "fault", "f'Kafka at {broker}: {fault}'", "f'{label}: {fault}'", "f'Redis: {fault}'", "f'CONSUMER_HTTP={host}:{port}: {address_problem(error)}'",
+    "f'App({name!r}): {fault}'", "f'App({name!r}): {error}'", "f'--listen {options.listen}: {address_problem(error)}'", "_ENDED", "ENDED", "fault", "f'Kafka at {broker}: {fault}'", "f'{label}: {fault}'", "f'Redis: {fault}'", "f'CONSUMER_HTTP={host}:{port}: {address_problem(error)}'",
     "f'{name[:80]!r}: {problem}'",
     "'; '.join((_problem(gathered, dict(problem)) for problem in error.errors()))",
     "_TWICE", "_ROLLBACK", "_NOT_A_WRITE.format(type(statement).__name__)", "_NO_CAUSE", "_OTHER_CAUSE", "_SEVERAL.format(method)", "_SEVERAL.format('defer')",
