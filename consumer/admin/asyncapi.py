@@ -18,6 +18,7 @@ from consumer.core.decode import bare, members
 from consumer.core.handler import Handler
 from consumer.core.payload_schema import Schema, Schemas
 from consumer.core.record_decoding import contents_of, envelope_in, is_json
+from consumer.core.topic_names import text_of
 from consumer.decoders import Avro, Change, CloudEvent, CloudEvents, Debezium, JsonSchema, Protobuf
 from consumer.outbox.record import MESSAGE_ID
 
@@ -37,6 +38,8 @@ def document(app: App, version: str) -> dict[str, Any]:
     parts = _Parts(app)
     for topic in sorted({*app.topics, *app.publishes}):
         parts.add_channel(topic)
+    for handler in app.handlers.values():
+        parts.add_pattern(handler)
     components: dict[str, Any] = {"messages": parts.messages}
     if parts.schemas.definitions:
         components["schemas"] = dict(sorted(parts.schemas.definitions.items()))
@@ -86,6 +89,20 @@ class _Parts:
                 "channel": {"$ref": f"#/channels/{topic}"},
                 "messages": [{"$ref": f"#/channels/{topic}/messages/{name}"} for name in own],
             }
+
+    def add_pattern(self, handler: Handler) -> None:
+        """Add what a pattern matches, as a channel without an address."""
+        if handler.pattern is None:
+            return
+        channel = f"{_key(handler.name)}.topics"
+        name = self._add_message(channel, handler, [handler], False)
+        message = name.removeprefix(f"{channel}.")
+        self.channels[channel] = {
+            "address": None,
+            "description": f"Topics whose whole name matches the regular expression {text_of(handler.pattern)}",
+            "messages": {message: {"$ref": f"#/components/messages/{name}"}},
+        }
+        self.operations[self._free(channel)] = self._receiving(channel, handler, message)
 
     def _free(self, name: str) -> str:
         """Return a name that no operation has."""

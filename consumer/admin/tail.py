@@ -158,12 +158,14 @@ class Tail:
         """Return what to read of each partition."""
         topics = list(self.options.topics)
         if not topics:
+            if self.app.has_patterns:
+                self.app.discover(await source.log.topics())
             existing = await source.log.partitions(self.app.topics)
             topics = [topic for topic in self.app.topics if existing[topic]]
             if absent := [topic for topic in self.app.topics if not existing[topic]]:
                 announce(f"topics that do not exist are left out: {', '.join(absent)}")
             if not topics:
-                raise Misconfigured(f"topics: none of {', '.join(self.app.topics)} exists; have them created")
+                raise Misconfigured(f"topics: none of {self.app.selection} exists; have them created")
         partitions = await find_partitions(source, topics, self.options.partitions)
         now = int(time.time() * 1000)
         start = parse(self.options.start, "--from", now)

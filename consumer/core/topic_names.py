@@ -103,4 +103,9 @@ class TopicSelection:
         """Return which topics are taken, to end an error."""
         if not self.patterns:
             return suggestion(topic, self.names)
-        return f"it has: {', '.join([*sorted(self.names), *(f'those that {text_of(one)} matches' for one in self.patterns)])}"
+        return f"it has: {self}"
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [*sorted(self.names), *(f"those that {text_of(pattern)} matches" for pattern in self.patterns)]
+        )

@@ -11,7 +11,6 @@ from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.suggestions import UnknownName, suggestion
-from consumer.core.topic_names import text_of
 
 
 def refuse_shards(app: App) -> None:
@@ -58,10 +57,7 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
 def refuse_no_topics(app: App, topics: Sequence[str]) -> None:
     """Raise Misconfigured where no topic is named."""
     if not topics:
-        patterns = [f"one that {text_of(pattern)} matches" for pattern in app.selection.patterns]
-        raise Misconfigured(
-            f"topics: none is named; name at least one topic of {', '.join([*sorted(app.selection.names), *patterns])}"
-        )
+        raise Misconfigured(f"topics: none is named; name at least one topic of {app.selection}")
 
 
 def _check_name(app: App, topics: Sequence[str], name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -254,3 +255,17 @@ def test_other_formats_have_their_content_types() -> None:
     jsonschema.validate(event, schema, cls=jsonschema.Draft7Validator)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**event, "data": {}}, schema, cls=jsonschema.Draft7Validator)
+
+
+def test_a_pattern_is_a_channel_without_an_address() -> None:
+    app = App("shop")
+
+    @app.handler("refunds", topics=re.compile(r"payments\.(eu|us)"))
+    async def settle(payment: Payment) -> None: ...
+
+    described = valid(app)
+    assert set(described["channels"]) == {"refunds", "settle.topics"}
+    channel = described["channels"]["settle.topics"]
+    assert channel["address"] is None and r"payments\.(eu|us)" in channel["description"]
+    assert described["operations"]["settle.topics"]["channel"] == {"$ref": "#/channels/settle.topics"}
+    assert payload_of(described, "settle.topics.Payment") == payload_of(described, "refunds.Payment")

@@ -10,7 +10,10 @@ import pytest
 
 from consumer import App, Misconfigured, RegistrationError
 from consumer.admin.produce import readers
+from consumer.core.message import Partition
 from consumer.core.topic_names import TopicSelection, matches, text_of
+from consumer.handler_records.coverage import HandlerCoverage
+from consumer.handler_records.settled_ranges import At, Gap
 from consumer.testing import Sent
 from consumer.testing.messages import partition_of
 
@@ -118,6 +121,13 @@ def test_consumer_produce_sends_to_topics_that_match() -> None:
     assert [handler.name for handler in readers(app, "shop:app", "payments.us")] == ["settle"]
     with pytest.raises(Misconfigured, match="neither has a handler"):
         readers(app, "shop:app", "payments.fr")
+
+
+def test_gaps_are_of_topics_that_match() -> None:
+    app = app_of(settle=((), PAYMENTS))
+    positions = {Partition(topic, 0): At(0, 5, frozenset()) for topic in ("payments.eu", "payments.fr")}
+    gaps = HandlerCoverage({}, positions, {}, {}, {}).assess(app).gaps
+    assert gaps == (Gap("settle", Partition("payments.eu", 0), 0, 5),)
 
 
 def test_an_effect_takes_a_pattern() -> None:

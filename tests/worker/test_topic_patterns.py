@@ -153,6 +153,8 @@ async def test_worker_killed_while_a_topic_is_picked_up_and_a_handler_added(plac
     checked = await command(place, app, prefix, "replay", path, topic)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     is_one_line(await command(place, app, prefix, "replay", path, f"{prefix}.fr"), "those that p-")
+    tail = await command(place, app, prefix, "tail", path, "-n", "1", "--until", "latest", "--json")
+    assert [json.loads(line)["topic"] for line in tail.stdout.splitlines()] == [topic], tail.stderr
     await _added_handler(place, prefix, app, topic)
     assert await effects(place) == sorted([*expected, *(line.replace("settle", "record") for line in expected)])
 
