@@ -32,7 +32,8 @@ test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All t
 # Few examples for each property, and without the tests that are about many states: `make test` has them.
 unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
 	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
-		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel $(ARGS)
+		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel \
+		--deselect tests/worker/test_partition_table.py::TestTableAgainstItsModel $(ARGS)
 
 coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --no-loadscope-reorder --cov=consumer --cov=handlers --cov-branch \

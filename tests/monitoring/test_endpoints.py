@@ -114,7 +114,7 @@ def test_addresses() -> None:
     with pytest.raises(Misconfigured, match="no port"):
         address("127.0.0.1:65536")
     for wrong in ("9464", ":9464", "127.0.0.1", "::1:9464", "127.0.0.1:http", "a b:1"):
-        with pytest.raises(ValueError, match="http"):
+        with pytest.raises(Misconfigured, match="CONSUMER_HTTP"):
             address(wrong)
 
 

@@ -19,8 +19,6 @@ import pytest
 
 from consumer import App
 
-pytestmark = pytest.mark.unit
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = Path(__file__).parent / "typed_examples"
 REFUSED = {
@@ -31,6 +29,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accepted/*.py")), ids=lambda path: path.stem)
 def test_accepted_examples_register(path: Path) -> None:
     assert isinstance(runpy.run_path(str(path))["app"], App)
