@@ -131,12 +131,13 @@ def run(directory: Path, *command: str | Path, **environment: str) -> str:
         env={**clean, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+@pytest.mark.timeout(600)  # programs that a slow machine takes minutes for
 def test_a_new_service_passes_the_strict_type_checker(parent: Path) -> None:
     cache = ROOT / ".mypy_cache" / "new_service"  # without it mypy reads the whole framework again
     run(parent / "bookings", sys.executable, "-m", "mypy", "--cache-dir", str(cache), MYPYPATH=str(ROOT))
@@ -153,6 +154,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(line)
 
 
+@pytest.mark.timeout(600)  # programs that a slow machine takes minutes for
 async def test_the_page_about_it_works_as_pasted(place: Place, tmp_path: Path) -> None:
     """The service passes its tests, and applies a message."""
     await new_topic(place.kafka, 2, "orders")
