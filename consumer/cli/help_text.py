@@ -92,7 +92,7 @@ class Command(typer.core.TyperCommand):
 
 
 def _shape(argument: Any) -> str:
-    name = argument.metavar or argument.name.upper()
+    name = (argument.metavar or argument.name.upper()).replace("[", "").replace("]", "")
     if argument.nargs == -1 and not name.endswith("..."):
         name += "..."
     return name if argument.required else f"[{name}]"

@@ -107,6 +107,11 @@ def test_app_is_the_first_argument_of_every_command(command: tuple[str, ...]) ->
     assert help_of(*command).split("[OPTIONS] ")[1].split()[0].strip("[]") == "APP"
 
 
+def test_an_argument_that_may_be_left_out_is_in_brackets_once() -> None:
+    assert help_of("tail").startswith("Usage: consumer tail [OPTIONS] APP [TOPIC...]\n")
+    assert "[OPTIONS] APP TOPIC [VALUE]\n" in help_of("produce") and "APP TOPIC...\n" in help_of("replay")
+
+
 def test_flags_of_one_name_have_one_meaning_in_every_command() -> None:
     meanings: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for params in PARAMETERS.values():
