@@ -134,7 +134,7 @@ async def test_plaintext_is_allowed_for_named_services_only() -> None:
         tls.redis_url(only)
     for service in ("127.0.0.1:1", "localhost:1", "[::1]:1"):
         tls.check_kafka(settings_for(dsn, service))
-    with pytest.raises(ValueError, match="none of kafka, postgres, redis"):
+    with pytest.raises(Misconfigured, match="none of kafka, postgres, redis"):
         settings_for(dsn, "x", allow_insecure="everything")
 
 
