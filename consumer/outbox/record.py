@@ -31,7 +31,6 @@ _OVERHEAD_BYTES = 61 + 21  # of a record batch, and of a record at most
 _HEADER_BYTES = 10  # two lengths, at most
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[ -~]{0,400})?")
 _TRACESTATE = re.compile(r"[ -~]{1,512}")
-_encode = msgspec.json.Encoder().encode
 _decode_headers = msgspec.json.Decoder(list[tuple[str, str | dict[str, str] | None]]).decode
 
 
@@ -117,6 +116,16 @@ def encoded_key(key: object) -> bytes | None:
     raise TransactionMisuse(f"publish: key= is {_article(key)}; give str, bytes or None")
 
 
+def _model(value: object) -> msgspec.Raw:
+    """Return a pydantic model inside of a value as JSON."""
+    if not hasattr(value, "model_dump_json"):
+        raise TypeError(type(value).__name__)
+    return msgspec.Raw(value.model_dump_json().encode())
+
+
+_encode = msgspec.json.Encoder(enc_hook=_model).encode
+
+
 def encoded_value(value: object) -> bytes | None:
     """Return a record's value as bytes; None is a tombstone.
 
@@ -131,9 +140,6 @@ def encoded_value(value: object) -> bytes | None:
     if (place := not_finite(value)) is not None:
         raise TransactionMisuse(f"publish: {place} is not finite, which JSON cannot hold; publish a finite number")
     try:
-        if hasattr(value, "model_dump_json"):
-            text: str = value.model_dump_json()
-            return text.encode()
         return _encode(value)
     except Exception as error:
         raise TransactionMisuse(

@@ -105,6 +105,11 @@ def test_values_become_json(value: object) -> None:
     assert json.loads(encoded_value(value) or b"") == {"name": "é", "amount": 1}
 
 
+def test_a_pydantic_model_may_be_inside_of_a_value() -> None:
+    value = {"lines": [Model(name="é", amount=1)], "first": Struct("a", 2)}
+    assert encoded_value(value) == '{"lines":[{"name":"é","amount":1}],"first":{"name":"a","amount":2}}'.encode()
+
+
 def test_bytes_and_text_stay_and_none_is_a_tombstone() -> None:
     assert [encoded_value(value) for value in (b"\xff", bytearray(b"a"), "é", None)] == [
         b"\xff",
