@@ -153,6 +153,12 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert listed - from_root == written
 
 
+def test_every_guide_is_on_the_start_page() -> None:
+    start = (ROOT / "docs" / "index.md").read_text("utf-8")
+    guides = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent == ROOT / "docs" / "how-to"]
+    assert guides and [guide for guide in guides if f"]({guide})" not in start] == []
+
+
 @pytest.mark.parametrize("module", ["consumer", "consumer.schemes", "consumer.testing"])
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     shown = set(re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/reference/api.md").read_text("utf-8"), re.MULTILINE))
