@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import shlex
 import sys
@@ -15,8 +16,10 @@ import prefork
 import pytest
 from harness import ROOT, consumer, query, until
 
+from consumer.postgres.sql_text import transaction_control
+
 PAGE = ROOT / "docs" / "how-to" / "alembic.md"
-_PLACES = {"env.py": "migrations/env.py"}
+_PLACES = {"env.py": "migrations/env.py", "conftest.py": "conftest_of_the_page.py"}
 _OURS = """
 select table_name, column_name, data_type, (select count(*) from consumer.schema_versions),
        (select array_agg(topic::text) from consumer.topics), obj_description('consumer.ledger'::regclass)
@@ -40,7 +43,8 @@ def directory(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CONSUMER_POSTGRES_DSN", database)
     yield tmp_path
-    sys.modules.pop("models", None)
+    for name in ("models", "conftest_of_the_page"):
+        sys.modules.pop(name, None)
 
 
 def follow_the_page(directory: Path, dsn: str) -> None:
@@ -83,6 +87,10 @@ async def test_alembic_leaves_the_ledger_alone(
     assert await query(database, "select to_regclass('public.payments') is not null") == [(True,)]
     await query(database, "insert into consumer.topics (name) values ('kept')")
     before = await query(database, _OURS)
+
+    schema = importlib.import_module("conftest_of_the_page").schema  # a fixture
+    written = await asyncio.to_thread(schema.__wrapped__)
+    assert "CREATE TABLE payments" in written and transaction_control(written) is None
 
     await asyncio.to_thread(alembic, "downgrade", "base")
     assert await query(database, "select to_regclass('public.payments')") == [(None,)]
