@@ -88,8 +88,8 @@ format: $(VENV)/dev ## Bring the code into shape
 
 kafka: $(KAFKA)/.complete ## Bring Apache Kafka's jars, for the tests
 
-services: $(VENV)/dev $(KAFKA)/.complete ## Kafka, PostgreSQL and Valkey on free ports until Ctrl-C, and the variables that lead to them
-	@$(BIN)/python tests/support/run_services.py
+services: $(VENV)/dev $(KAFKA)/.complete ## Kafka, PostgreSQL and Valkey on free ports until Ctrl-C, and the variables that lead to them; TOPICS="orders payments" creates these
+	@$(BIN)/python tests/support/run_services.py $(TOPICS)
 
 chromium: ## Bring Chromium, for the tests of the page
 	@sh tests/chromium/install.sh

@@ -1,7 +1,8 @@
-"""Kafka, PostgreSQL and Valkey on free ports until Ctrl-C: `make services`."""
+"""Kafka, PostgreSQL and Valkey on free ports until Ctrl-C: `make services TOPICS="orders payments"`."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from services import Kafka  # noqa: E402
 
+from consumer.kafka.admin import create_topic  # noqa: E402
 from consumer.local_servers import Postgres, Valkey  # noqa: E402
+from consumer.settings import Settings  # noqa: E402
+
+PARTITIONS = 4
+
+
+async def create(bootstrap_servers: str, topics: list[str]) -> None:
+    settings = Settings(kafka_bootstrap_servers=bootstrap_servers)
+    for topic in topics:
+        await create_topic(settings, topic, PARTITIONS)
 
 
 def main() -> None:
@@ -21,6 +32,7 @@ def main() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         for signum in ends:
             signal.signal(signum, lambda *_: None)
+        asyncio.run(create(kafka.bootstrap_servers, sys.argv[1:]))
         print(f"export CONSUMER_KAFKA_BOOTSTRAP_SERVERS={kafka.bootstrap_servers}")
         print(f"export CONSUMER_POSTGRES_DSN={postgres.dsn()}")
         print(f"export CONSUMER_REDIS_URL={valkey.url}")
