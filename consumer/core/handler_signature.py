@@ -63,6 +63,8 @@ def call_plan(
             hint, bare = item, decode.bare(item)
         message_type = _message_value(bare)
         if declared is inspect.Parameter.empty:
+            if _is_session(bare):
+                raise wrong(f"takes {parameter.name!r}, a session, in place of the payload: put the payload before it")
             wants_message = message_type is not None
             declared = message_type if message_type is not None else hint
             plan.append("message" if wants_message else "value")
