@@ -1,4 +1,7 @@
-"""Kafka, PostgreSQL and Valkey on free ports until Ctrl-C: `make services TOPICS="orders payments"`."""
+"""Start Kafka, PostgreSQL and Valkey until Ctrl-C: `make services`.
+
+Arguments: topics to create.
+"""
 
 from __future__ import annotations
 
