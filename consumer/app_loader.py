@@ -77,7 +77,9 @@ def load_app(path: str) -> App:
             f"{path}: not a consumer.App, but {type(target).__name__}; name the variable that holds the App"
         )
     if not target.handlers:
-        raise Misconfigured(f"{path}: no handlers; import the modules that register them")
+        raise Misconfigured(
+            f"{path}: no handlers; name the module that registers them, as in PACKAGE.handlers:{attribute}, or import it in {module_name}"
+        )
     return target
 
 
