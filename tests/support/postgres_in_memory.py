@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from consumer.local_servers import Postgres
 
 _MEMORY = Path("/dev/shm")
+_NAME = "postgresql-test"
 _NEEDED = 4 << 30  # bytes; a run of all tests uses less than 1 GB
 
 
@@ -24,18 +25,23 @@ class PostgresInMemory(Postgres):
     Else it is where other servers are. What it has written survives its own kill, as on a disk, but not the machine's.
     """
 
-    name = "postgresql-test"
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self.name = f"{_NAME}-{os.getpid()}"
 
     def place(self) -> str:
         if not _MEMORY.is_dir() or not os.access(_MEMORY, os.W_OK | os.X_OK):
             return super().place()
-        self._remove_abandoned()
+        _remove_abandoned()
         return str(_MEMORY) if shutil.disk_usage(_MEMORY).free >= _NEEDED else super().place()
 
-    def _remove_abandoned(self) -> None:
-        """Remove what runs that were killed have left in memory."""
-        for directory in _MEMORY.glob(f"consumer-{self.name}-*"):
-            with suppress(OSError, ValueError, IndexError):
-                pid = int((directory / "data" / "postmaster.pid").read_text().splitlines()[0])
-                if not Path(f"/proc/{pid}").exists():
-                    shutil.rmtree(directory, ignore_errors=True)
+
+def _remove_abandoned() -> None:
+    """Remove what runs that were killed have left in memory.
+
+    A name has the process that began it. No file of the server says it reliably: initdb runs several, one after the other.
+    """
+    for directory in _MEMORY.glob(f"consumer-{_NAME}-*-*"):
+        owner = directory.name.split("-")[-2]
+        if not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(directory, ignore_errors=True)
