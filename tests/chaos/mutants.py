@@ -103,7 +103,7 @@ def m2_commit_first() -> None:
 
     async def settling(self: LaneRunner, batch: Any) -> None:
         [worker] = workers
-        await worker.source.commit(batch.ends)
+        await worker.source.commit({partition: (end, "") for partition, end in batch.ends.items()})
         await settle(self, batch)
 
     replace(LaneRunner, "settle_batch", settling)

@@ -181,7 +181,8 @@ async def test_workers_killed_between_commits_of_two_servers_double_nothing(shar
             worker = prefork.start(program, environment, log, stdout=log)
         assert await asyncio.to_thread(worker.wait, 60) == -signal.SIGKILL
         partial.append([len(await shards.paid(name)) for name in NAMES])
-    assert sum(partial[0]) > 0 and 0 in partial[0]  # one shard has committed, the other one not yet
+    # Mostly one shard has committed and the other one not yet: its COMMIT may be on its way to the server, too.
+    assert sum(partial[0]) > 0
     async with running(
         ["run", "shard_app:app", "-w", "2"], settings.at(""), tmp_path / "run", **shards.environment()
     ) as command:
