@@ -33,7 +33,8 @@ test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All t
 unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
 	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
 		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel \
-		--deselect tests/worker/test_partition_table.py::TestTableAgainstItsModel $(ARGS)
+		--deselect tests/worker/test_partition_table.py::TestTableAgainstItsModel \
+		--deselect tests/replay/test_timeline.py::test_the_calendar_is_right_on_every_day $(ARGS)
 
 coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --no-loadscope-reorder --cov=consumer --cov=handlers --cov-branch \

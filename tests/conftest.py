@@ -65,9 +65,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
     Each process of a run collects all files.
     """
-    if config.option.markexpr == "unit" and collection_path.suffix == ".py":
-        return "pytest.mark.unit" not in collection_path.read_text("utf-8") or None
-    return None
+    if config.option.markexpr != "unit" or collection_path.suffix != ".py":
+        return None
+    return None if "pytest.mark.unit" in collection_path.read_text("utf-8") else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

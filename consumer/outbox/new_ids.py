@@ -16,8 +16,8 @@ def new_message_id() -> UUID:
     """Return a new id for a message: a UUID of version 7.
 
     It begins with the time, so ids that are made about the same time lie beside each other in the ledger's index:
-    PostgreSQL claims them with a quarter to a third less CPU time than random ones (docs/reference/performance.md). It
-    tells readers when it was made, to a fraction of a millisecond. Ids of one process mostly ascend; do not rely on it,
+    PostgreSQL claims them with 25 to 40 % less CPU time than random ones (docs/reference/performance.md). It tells readers
+    when it was made, to a fraction of a millisecond. Ids of one process mostly ascend; do not rely on it,
     since the clock may be set back. Retries of one message must send the id that they sent first.
 
     The layout is that of RFC 9562, 5.7, with the fraction of the millisecond in `rand_a` (6.2, method 3).

@@ -100,15 +100,14 @@ def test_one_bucket_too_many_takes_the_next_width(width: int, wider: int) -> Non
     assert timeline([([start, last + 1], "x")]).as_dict()["width_seconds"] == wider
 
 
-def test_the_calendar_is_right_at_both_ends_of_every_month() -> None:
+def test_the_calendar_is_right_on_every_day() -> None:
     day, number = datetime(1970, 1, 1, 23, 59, 59, tzinfo=UTC), 0
     while day.year < 2200:
-        if day.day in {1, 2, 28, 29, 30, 31}:
-            timeline = Timeline()
-            timeline.add([number * 86_400_000 + 86_399_999], "x")
-            report = timeline.as_dict()
-            assert report["buckets"][0]["at"] == f"{day:%Y-%m-%dT%H:%M:%S}Z"
-            assert Timeline.from_dict(report).as_dict() == report
+        timeline = Timeline()
+        timeline.add([number * 86_400_000 + 86_399_999], "x")
+        report = timeline.as_dict()
+        assert report["buckets"][0]["at"] == f"{day:%Y-%m-%dT%H:%M:%S}Z"
+        assert Timeline.from_dict(report).as_dict() == report
         day, number = day + timedelta(days=1), number + 1
     assert number == END // 86_400_000
 
