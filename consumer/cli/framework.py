@@ -166,6 +166,7 @@ def _errors_as_lines(name: str) -> Iterator[None]:
 
 _NAMES = {  # of parameters that are not named like their flag
     "app": "APP",
+    "name": "NAME",
     "topics": "TOPIC",
     "message_id": "MESSAGE_ID",
     "value": "VALUE",

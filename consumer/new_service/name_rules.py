@@ -11,11 +11,17 @@ import sys
 from collections.abc import Callable
 
 _LENGTH_MAX = 40  # PostgreSQL cuts names of roles at 63 bytes, and people add to this one
-# The project's other folders, folders that Python's tools leave out of packages, and what PostgreSQL keeps for itself.
+# The project's other folders, its tools, folders that Python's tools leave out of packages, and what PostgreSQL keeps for itself.
 _TAKEN = {
     "consumer": "the framework's package",
+    "idempotent_consumer": "the framework's distribution",
     "build": "a folder of built files",
     "dist": "a folder of built files",
+    "hatchling": "a tool of the project",
+    "mypy": "a tool of the project",
+    "pytest": "a tool of the project",
+    "pytest_asyncio": "a tool of the project",
+    "ruff": "a tool of the project",
     "none": "reserved by PostgreSQL",
     "public": "reserved by PostgreSQL",
     "template0": "reserved by PostgreSQL",

@@ -29,11 +29,13 @@ def write(name: str, parent: Path) -> list[str]:
     if (problem := problem_of(name, _is_installed)) is not None:
         raise Misconfigured(f"{name[:80]!r}: {problem}")
     target = parent / name
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise Misconfigured(f"{target}: exists, and is not an empty folder; choose another name, or another directory")
     files = rendered(name, metadata.version(_DISTRIBUTION))
     unfinished = parent / f".{name}.{os.getpid()}"
     try:
+        if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+            raise Misconfigured(
+                f"{target}: exists, and is not an empty folder; choose another name, or another directory"
+            )
         try:
             _write_all(files, unfinished)
             unfinished.rename(target)

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import pytest
 import yaml
 from harness import ROOT, Place, consumer, is_one_line, new_topic, query, running, until, value
 
+from consumer.core.errors import Misconfigured
 from consumer.new_service.name_rules import problem_of
-from consumer.new_service.writing import rendered
+from consumer.new_service.writing import rendered, write
 from consumer.settings import Settings
 
 BIN = Path(sys.executable).parent
@@ -78,6 +80,17 @@ def test_a_name_that_cannot_work_is_refused(name: str, says: str) -> None:
     assert problem is not None and re.search(says, problem)
 
 
+@pytest.mark.unit
+def test_names_of_what_the_project_needs_are_refused() -> None:
+    """Also before it is installed: the tests bring their own tools."""
+    project = tomllib.loads(rendered("orders", "0.1.0")["pyproject.toml"])
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    needed += project["project"]["optional-dependencies"]["dev"]
+    names = {re.split(r"[^a-z0-9-]", requirement)[0].replace("-", "_") for requirement in needed}
+    assert {"hatchling", "idempotent_consumer", "pytest_asyncio"} <= names
+    assert {name for name in names - {"msgspec"} if problem_of(name, lambda _: False) is None} == set()
+
+
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which `consumer new bookings` was run."""
@@ -108,7 +121,23 @@ def test_refused_names_and_full_folders_leave_nothing_behind(parent: Path) -> No
     is_one_line(consumer(parent, "new", "bookings"), "bookings: exists, and is not an empty folder")
     is_one_line(consumer(parent, "new", "asyncpg"), "'asyncpg': an installed package")
     is_one_line(consumer(parent, "new", "Book-Ings"), "not a package name", "such as book_ings")
+    is_one_line(consumer(parent, "new", "\udcff"), "NAME: not valid UTF-8")
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
+
+
+@pytest.mark.unit
+def test_a_folder_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = Path.iterdir
+
+    def listed(folder: Path) -> Iterator[Path]:
+        if folder == tmp_path / "bookings":
+            raise PermissionError(13, "Permission denied")
+        return listing(folder)
+
+    (tmp_path / "bookings").mkdir()
+    monkeypatch.setattr(Path, "iterdir", listed)
+    with pytest.raises(Misconfigured, match=r"bookings: cannot be written \(Permission denied\); choose another"):
+        write("bookings", tmp_path)
 
 
 @pytest.mark.unit
