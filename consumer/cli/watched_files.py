@@ -31,13 +31,18 @@ def folders_of(path: str, given: Sequence[Path]) -> list[Path]:
         return [folder.resolve() for folder in given]
     here = Path.cwd().resolve()
     place = _place_of(module.partition(".")[0], here)
-    if place is None or place.is_relative_to(here):
+    if place is None:
         return [here]
-    if _INSTALLED & set(place.parts):
+    is_here = place.is_relative_to(here)
+    if _INSTALLED & set(place.relative_to(here).parts if is_here else place.parts):  # .venv may be in the directory
         raise Misconfigured(
             f"--reload: {module} is an installed package; name what to watch with --reload-dir DIRECTORY"
         )
-    return [place]
+    real = place.resolve()
+    folder = real if real.is_dir() else real.parent
+    if folder.is_relative_to(here):
+        return [here]
+    return [here, folder] if is_here else [folder]  # `here`: beside a link that leads elsewhere
 
 
 def is_source(changed: Path, folders: Collection[Path], files: Collection[Path]) -> bool:
@@ -54,7 +59,7 @@ def is_source(changed: Path, folders: Collection[Path], files: Collection[Path])
 
 
 def _place_of(package: str, here: Path) -> Path | None:
-    """Return the directory of a package or of a single module."""
+    """Return a package's directory, or a single module's file."""
     before = sys.path
     sys.path = [str(here), *sys.path]
     try:
@@ -66,5 +71,5 @@ def _place_of(package: str, here: Path) -> Path | None:
     if spec is None:
         return None
     if spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations))).resolve()
-    return Path(spec.origin).resolve().parent if spec.origin and spec.has_location else None
+        return Path(next(iter(spec.submodule_search_locations))).absolute()
+    return Path(spec.origin).absolute() if spec.origin and spec.has_location else None

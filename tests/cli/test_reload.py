@@ -64,6 +64,34 @@ def test_watched_is_the_current_directory_or_the_packages(tmp_path: Path, monkey
 
 
 @pytest.mark.unit
+def test_an_app_that_is_installed_below_the_current_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of its sources would start the installed code again."""
+    installed = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    (installed / "orders_installed").mkdir(parents=True)
+    (installed / "orders_installed" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(installed))
+    with pytest.raises(Misconfigured, match=r"orders_installed\.handlers is an installed package"):
+        folders_of("orders_installed.handlers:app", [])
+
+
+@pytest.mark.unit
+def test_where_a_link_leads_is_watched_and_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for folder in (work, elsewhere / "orders"):
+        folder.mkdir(parents=True)
+    (elsewhere / "orders" / "__init__.py").touch()
+    (elsewhere / "single.py").touch()
+    (work / "orders_linked").symlink_to(elsewhere / "orders")
+    (work / "single_linked.py").symlink_to(elsewhere / "single.py")
+    monkeypatch.chdir(work)
+    assert folders_of("orders_linked.handlers:app", []) == [work, elsewhere / "orders"]
+    assert folders_of("single_linked:app", []) == [work, elsewhere]
+
+
+@pytest.mark.unit
 def test_reload_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "watchfiles", None)
     with pytest.raises(Misconfigured, match=r"pip install 'idempotent-consumer\[reload\]'"):
