@@ -140,6 +140,16 @@ class Edited:
     def run(self) -> Any:
         return running(["run", f"{self.module}:app", "--reload"], self.place.settings(), self.directory)
 
+    async def save_while_a_message_is_in_hand(self, command: Command) -> None:
+        """The handler waits for the file `go`; the drain waits for it."""
+        await self.place.send(self.topic, Sent({"id": "slow"}, id="slow"))
+        await until("the slow message to be in hand", self._slow_has_begun, 90)
+        self.save("two")
+        await until("the drain", seen(command, "stopping: workers drain"), 90)
+
+    async def _slow_has_begun(self) -> bool:
+        return (self.directory / "begun").exists()
+
 
 def seen(command: Command, text: str, times: int = 1) -> Callable[[], Any]:
     async def is_logged() -> bool:
@@ -155,22 +165,12 @@ def applied(place: Place, *names: str) -> Callable[[], Any]:
     return are_there
 
 
-def slow_has_begun(directory: Path) -> Callable[[], Any]:
-    async def has_begun() -> bool:
-        return (directory / "begun").exists()
-
-    return has_begun
-
-
 async def test_a_change_drains_workers_and_runs_the_new_code(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
     app = Edited(place, topic, tmp_path)
     app.save("one")
     async with app.run() as command:
-        await place.send(topic, Sent({"id": "slow"}, id="slow"))
-        await until("the slow message to be in hand", slow_has_begun(tmp_path), 90)
-        app.save("two")
-        await until("the drain", seen(command, "stopping: workers drain"), 90)
+        await app.save_while_a_message_is_in_hand(command)
         (tmp_path / "go").touch()
         await until("the message to be applied once, by the old code", applied(place, "slow one"), 90)
         await place.send(topic, Sent({"id": "quick"}, id="quick"))
@@ -200,14 +200,10 @@ async def test_workers_drain_when_the_watching_process_is_killed(place: Place, t
 
 
 async def test_ctrl_c_during_the_drain_of_a_change_lets_it_finish(place: Place, tmp_path: Path) -> None:
-    topic = await place.topic()
-    app = Edited(place, topic, tmp_path)
+    app = Edited(place, await place.topic(), tmp_path)
     app.save("one")
     async with app.run() as command:
-        await place.send(topic, Sent({"id": "slow"}, id="slow"))
-        await until("the slow message to be in hand", slow_has_begun(tmp_path), 90)
-        app.save("two")
-        await until("the drain", seen(command, "stopping: workers drain"), 90)
+        await app.save_while_a_message_is_in_hand(command)
         command.process.send_signal(signal.SIGINT)
         (tmp_path / "go").touch()
         assert await command.wait(90) == 0, command.errors
