@@ -129,7 +129,8 @@ _background: list[_Background] = []
 
 def never_wait() -> None:
     """Write our events in a thread: a full pipe must not block."""
-    for handler in [*log.handlers, *(logging.getLogger().handlers if log.propagate else ())]:
+    handlers = [*log.handlers, *(logging.getLogger().handlers if log.propagate else ())]
+    for handler in dict.fromkeys(handlers):  # a file may give both loggers one handler
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             background = _Background(handler.stream)
             _background.append(background)

@@ -191,6 +191,23 @@ def test_log_config_that_cannot_be_used_is_one_line(tmp_path: Path, name: str, t
     is_one_line(result, "CONSUMER_LOG_CONFIG", says)
 
 
+SHARED = """
+import logging
+from consumer import logs
+logs.configure("info", "json")
+logs.log.propagate = True  # as a file may say: root and `consumer` have one handler
+logs.never_wait()
+for number in range(500):
+    logs.event(logging.INFO, "ours", number=number)
+assert logs.end(30)
+"""
+
+
+def test_lines_are_written_to_the_end_by_a_handler_of_two_loggers() -> None:
+    done = subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [json.loads(line)["number"] for line in done.stderr.splitlines()] == [n for n in range(500) for _ in (1, 2)]
+
+
 PAGE = ROOT / "docs" / "how-to" / "logging.md"
 
 
