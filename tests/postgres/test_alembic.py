@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,14 @@ async def upgrade_twice_at_once(directory: Path, dsn: str) -> None:
     finally:
         await lock.close()
     assert [done.returncode for done in await asyncio.gather(*both)] == [0, 0], both
+
+
+@pytest.mark.unit
+def test_what_the_image_copies_is_not_ignored() -> None:
+    """The .dockerignore of a new service names what may come in."""
+    page = PAGE.read_text()
+    copied = re.findall(r"`COPY (\S+) ", page)
+    assert copied == re.findall(r"`!(\S+)`", page)[:2] == ["alembic.ini", "migrations"]
 
 
 async def test_alembic_leaves_the_ledger_alone(
