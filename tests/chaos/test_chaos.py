@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from harness import Place, Sent, consume_all, drained, working
+from harness import ROOT, Place, Sent, consume_all, drained, working
 
 from chaos.__main__ import described
 from chaos.directed import SCENARIOS, Stage, play_all
@@ -59,6 +59,7 @@ def test_workload_is_a_function_of_the_seed_and_has_its_shares() -> None:
 
 def test_scenarios_exist_for_every_mutant() -> None:
     assert list(MUTANTS) == [f"M{n}" for n in range(1, 28)] == [scenario.mutant for scenario in SCENARIOS]
+    assert f"catch {len(MUTANTS)} consumers" in (ROOT / "README.md").read_text()
 
 
 _ALSO_WITHOUT = ("M1", "M4", "M6", "M7", "M9", "M10", "M12", *(f"M{n}" for n in (*range(14, 24), 25, 27)))
