@@ -33,16 +33,17 @@ def folders_of(path: str, given: Sequence[Path]) -> list[Path]:
     place = _place_of(module.partition(".")[0], here)
     if place is None:
         return [here]
-    is_here = place.is_relative_to(here)
-    if _INSTALLED & set(place.relative_to(here).parts if is_here else place.parts):  # .venv may be in the directory
+    real = place.resolve()  # what is installed may be a link to the sources, as by `flit install --symlink`
+    if _INSTALLED & set(
+        real.relative_to(here).parts if real.is_relative_to(here) else real.parts
+    ):  # .venv may be in it
         raise Misconfigured(
             f"--reload: {module} is an installed package; name what to watch with --reload-dir DIRECTORY"
         )
-    real = place.resolve()
     folder = real if real.is_dir() else real.parent
     if folder.is_relative_to(here):
         return [here]
-    return [here, folder] if is_here else [folder]  # `here`: beside a link that leads elsewhere
+    return [here, folder] if place.is_relative_to(here) else [folder]  # `here`: beside a link that leads elsewhere
 
 
 def is_source(changed: Path, folders: Collection[Path], files: Collection[Path]) -> bool:

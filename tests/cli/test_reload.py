@@ -92,6 +92,21 @@ def test_where_a_link_leads_is_watched_and_what_is_beside_it(tmp_path: Path, mon
 
 
 @pytest.mark.unit
+def test_a_link_among_installed_packages_is_followed_to_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An editable install may be a link."""
+    sources, installed = tmp_path / "src" / "orders", tmp_path / ".venv" / "site-packages"
+    for folder in (sources, installed):
+        folder.mkdir(parents=True)
+    (sources / "__init__.py").touch()
+    (installed / "orders_symlinked").symlink_to(sources)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(installed))
+    assert folders_of("orders_symlinked.handlers:app", []) == [tmp_path]
+
+
+@pytest.mark.unit
 def test_reload_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "watchfiles", None)
     with pytest.raises(Misconfigured, match=r"pip install 'idempotent-consumer\[reload\]'"):
