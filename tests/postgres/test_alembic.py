@@ -79,7 +79,7 @@ async def upgrade_twice_at_once(directory: Path, dsn: str) -> None:
 
 
 @pytest.mark.unit
-def test_what_the_image_copies_is_not_ignored() -> None:
+def test_alembic_files_that_the_image_copies_are_not_ignored() -> None:
     """The .dockerignore of a new service names what may come in."""
     page = PAGE.read_text()
     copied = re.findall(r"`COPY (\S+) ", page)
