@@ -78,7 +78,9 @@ def test_an_app_that_is_installed_below_the_current_directory_is_refused(
 
 
 @pytest.mark.unit
-def test_linked_sources_are_watched_and_what_is_beside_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linked_sources_are_watched_and_what_is_beside_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
     for folder in (work, elsewhere / "orders"):
         folder.mkdir(parents=True)
