@@ -10,9 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from consumer.core import decode
+from consumer.core.encode import to_json
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Effect, Handler, build, check_option_names, place_of
 from consumer.core.handler_options import EFFECT_OPTIONS
@@ -176,10 +175,7 @@ def encode_reply(value: Any) -> bytes:
         return value
     if isinstance(value, str):
         return value.encode()
-    if hasattr(value, "model_dump_json"):  # pydantic's
-        text: str = value.model_dump_json()
-        return text.encode()
-    return msgspec.json.encode(value)
+    return to_json(value)
 
 
 def _decode_null(raw: bytes) -> None:

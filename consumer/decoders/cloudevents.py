@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from consumer.core.encode import to_json
 from consumer.core.message import LogRecord, Record
 from consumer.core.models import Unfit
 from consumer.core.record_decoding import RecordDecoder
@@ -137,8 +138,8 @@ class CloudEvents:
         if isinstance(value.data, bytes):
             attributes["data_base64"] = base64.b64encode(value.data).decode()
         elif value.data is not None:
-            attributes["data"] = _jsonable(value.data)
-        return msgspec.json.encode(attributes), {"content-type": f"{_STRUCTURED}+json; charset=UTF-8"}
+            attributes["data"] = value.data
+        return to_json(attributes), {"content-type": f"{_STRUCTURED}+json; charset=UTF-8"}
 
     def _binary(self, event: CloudEvent[Any], attributes: dict[str, Any]) -> Encoded:
         content_type = attributes.pop("datacontenttype", None)
@@ -151,7 +152,7 @@ class CloudEvents:
             return event.data, headers
         if isinstance(event.data, str) and content_type is not None and content_type.startswith("text/"):
             return event.data.encode(), headers
-        return msgspec.json.encode(_jsonable(event.data)), headers
+        return to_json(event.data), headers
 
 
 def json_value(raw: msgspec.Raw | None) -> object:
@@ -219,8 +220,3 @@ def _text(value: bytes, name: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         raise Unfit(f"{name}: not UTF-8") from None
-
-
-def _jsonable(value: Any) -> Any:
-    """Return what msgspec encodes, also for a pydantic model."""
-    return msgspec.Raw(value.model_dump_json().encode()) if hasattr(value, "model_dump_json") else value

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from consumer.core.decode import explain, read_again
+from consumer.core.encode import to_json
 from consumer.core.errors import TransactionMisuse
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Record
 from consumer.core.models import Unfit
 from consumer.core.record_decoding import Read, converter, is_json
-from consumer.decoders.avro import as_builtins
 from consumer.decoders.envelopes import CloudEvent
 from consumer.outbox.encoding import EncodeFunction, RecordEncoder, encode_function
 from consumer.outbox.encoding import encoded as encode_value
@@ -108,7 +108,7 @@ def json_of(read: Read, record: Record) -> bytes | None:
     Its bytes where it cannot be read, or has no form in JSON.
     """
     try:
-        return msgspec.json.encode(read(record), enc_hook=as_builtins)
+        return to_json(read(record))
     except Exception:  # unreadable, or of a type of the application
         return record.value
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
+from consumer.core.encode import to_json
 from consumer.core.message import Record
 from consumer.core.models import Unfit
-from consumer.decoders.avro import RegistryCodec, as_builtins
+from consumer.decoders.avro import RegistryCodec
 from consumer.decoders.registry_client import Schema
 from consumer.decoders.wire_format import framed, payload
 from consumer.outbox.encoding import Encoded
@@ -43,9 +44,7 @@ class JsonSchema(RegistryCodec):
         Raises Unfit for what cannot become JSON.
         """
         schema, _ = self.writing(topic)
-        if hasattr(value, "model_dump_json"):
-            return framed(schema.id, value.model_dump_json().encode())
         try:
-            return framed(schema.id, msgspec.json.encode(value, enc_hook=as_builtins))
+            return framed(schema.id, to_json(value))
         except Exception as error:
             raise Unfit(f"it cannot become JSON ({type(error).__name__})") from error

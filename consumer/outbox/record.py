@@ -13,6 +13,7 @@ from uuid import UUID
 
 import msgspec
 
+from consumer.core.encode import to_json
 from consumer.core.errors import TransactionMisuse, Unreadable
 from consumer.core.identity import from_object, own_id
 from consumer.core.message import Partition
@@ -116,16 +117,6 @@ def encoded_key(key: object) -> bytes | None:
     raise TransactionMisuse(f"publish: key= is {_article(key)}; give str, bytes or None")
 
 
-def _model(value: object) -> msgspec.Raw:
-    """Return a pydantic model inside of a value as JSON."""
-    if not hasattr(value, "model_dump_json"):
-        raise TypeError(type(value).__name__)
-    return msgspec.Raw(value.model_dump_json().encode())
-
-
-_encode = msgspec.json.Encoder(enc_hook=_model).encode
-
-
 def encoded_value(value: object) -> bytes | None:
     """Return a record's value as bytes; None is a tombstone.
 
@@ -140,7 +131,7 @@ def encoded_value(value: object) -> bytes | None:
     if (place := not_finite(value)) is not None:
         raise TransactionMisuse(f"publish: {place} is not finite, which JSON cannot hold; publish a finite number")
     try:
-        return _encode(value)
+        return to_json(value)
     except Exception as error:
         raise TransactionMisuse(
             f"publish: {_article(value)} cannot become JSON ({type(error).__name__}); give what msgspec encodes, or bytes"
@@ -254,7 +245,7 @@ def headers_as_json(headers: Headers) -> str:
     """
     if not headers:
         return "[]"
-    return _encode([(name, _json_value(value)) for name, value in headers]).decode()
+    return to_json([(name, _json_value(value)) for name, value in headers]).decode()
 
 
 def headers_from_json(text: str) -> Headers:

@@ -13,9 +13,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 from uuid import UUID
 
-import msgspec
-
 from consumer.app import App
+from consumer.core.encode import to_json
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Message, Partition, Record
 
@@ -163,12 +162,6 @@ def _json(message: Sent) -> bytes | None:
     if message.value is None or isinstance(message.value, bytes):
         return message.value
     try:
-        return msgspec.json.encode(message.value, enc_hook=_of_model)
+        return to_json(message.value)
     except Exception as error:
         raise Misconfigured(f"a value for {message.topic!r}: it cannot become JSON ({error}); give bytes") from None
-
-
-def _of_model(value: Any) -> Any:
-    if hasattr(value, "model_dump"):  # pydantic's
-        return value.model_dump(mode="json")
-    raise TypeError(f"it holds a {type(value).__name__}")

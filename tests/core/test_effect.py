@@ -121,9 +121,17 @@ def handled(app: App, raw: bytes | None, argument: Any = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "result"), [(Receipt, Receipt("r")), (Model, Model(id="r")), (bytes, b"\0r"), (str, "é"), (dict, {"a": 1})]
+    ("kind", "result"),
+    [
+        (Receipt, Receipt("r")),
+        (Model, Model(id="r")),
+        (list[Model], [Model(id="r")]),
+        (bytes, b"\0r"),
+        (str, "é"),
+        (dict, {"a": 1}),
+    ],
 )
-def test_a_result_is_the_same_after_the_database(kind: type, result: Any) -> None:
+def test_a_result_is_the_same_after_the_database(kind: Any, result: Any) -> None:
     async def charge(order: Order, call: Call) -> Any: ...
 
     seen: list[Any] = []

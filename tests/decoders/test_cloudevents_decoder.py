@@ -114,10 +114,14 @@ def test_encoded_events_are_decoded_again(name: str, mode: str) -> None:
         assert {**texts, "ce_time": ""} == {**expected["headers"], "ce_time": ""}
 
 
-def test_a_model_of_pydantic_is_published_as_data() -> None:
-    event = CloudEvent(id="1", source="/s", type="t", data=Model(id="a", price=1))
-    body, _ = encoded("events", event, None, encode_function(CloudEvents()))
-    assert json.loads(body or b"")["data"] == {"id": "a", "price": 1}
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+def test_models_of_pydantic_are_published_as_data(mode: str) -> None:
+    model, expected = Model(id="a", price=1), {"id": "a", "price": 1}
+    for data, shown in ((model, expected), ([model], [expected])):
+        event = CloudEvent(id="1", source="/s", type="t", data=data)
+        body, _ = encoded("events", event, None, encode_function(CloudEvents(mode=mode)))
+        sent = json.loads(body or b"")
+        assert (sent["data"] if mode == "structured" else sent) == shown
 
 
 @pytest.mark.parametrize(
