@@ -51,7 +51,7 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
     """Open a session whose statements are those of a `Tx`.
 
     What was deferred before is sent first. ``commit()`` flushes; objects keep their values. ``begin_nested()`` is
-    `Tx.savepoint`. What is left to flush is flushed at the end of the block. kind: the class of the session, for example
+    `Tx.savepoint`. At the end of the block what is left is flushed, and savepoints that are still open are released. kind: the class of the session, for example
     SQLModel's ``AsyncSession``.
 
     Raises TransactionMisuse for ``rollback()``, for SQL that controls the transaction and for ``stream()``. An error of
@@ -72,6 +72,8 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
     opened.sync_session.consumer_tx = tx
     try:
         yield opened
+        while (savepoint := opened.get_nested_transaction()) is not None:  # as the COMMIT of a session of its own
+            await savepoint.commit()
         if opened.new or opened.dirty or opened.deleted:
             await opened.flush()
     except DBAPIError as error:

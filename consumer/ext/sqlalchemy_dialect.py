@@ -74,24 +74,23 @@ class Driver:
         await block.__aenter__()
         self._savepoints.append((name, block))
 
-    async def release(self, name: str) -> None:
-        if name in [known for known, _ in self._savepoints]:
-            while True:
-                known, block = self._savepoints.pop()
-                await block.__aexit__(None, None, None)
-                if known == name:
-                    return
+    def is_inside(self, name: str) -> bool:
+        """Whether this savepoint is open."""
+        return any(known == name for known, _ in self._savepoints)
 
-    async def roll_back_to(self, name: str) -> None:
-        if name in [known for known, _ in self._savepoints]:
-            await self._undo(name)
+    async def release(self, name: str) -> None:
+        while True:
+            known, block = self._savepoints.pop()
+            await block.__aexit__(None, None, None)
+            if known == name:
+                return
 
     async def undo_all(self) -> None:
         """End the savepoints that are still open, with their writes undone."""
         if self._savepoints:
-            await self._undo(self._savepoints[0][0])
+            await self.roll_back_to(self._savepoints[0][0])
 
-    async def _undo(self, name: str) -> None:
+    async def roll_back_to(self, name: str) -> None:
         while True:
             known, block = self._savepoints.pop()
             undone = _Undone()
@@ -159,10 +158,14 @@ class TxDialect(PGDialect_asyncpg):
         await_only(_driver_of(connection).savepoint(name))
 
     def do_release_savepoint(self, connection: Any, name: str) -> None:
-        await_only(_driver_of(connection).release(name))
+        driver = _driver_of(connection)
+        if driver.is_inside(name):
+            await_only(driver.release(name))
 
     def do_rollback_to_savepoint(self, connection: Any, name: str) -> None:
-        await_only(_driver_of(connection).roll_back_to(name))
+        driver = _driver_of(connection)
+        if driver.is_inside(name):  # else the session is closed after `undo_all`, where nothing can be awaited
+            await_only(driver.roll_back_to(name))
 
 
 def _driver_of(connection: Any) -> Driver:

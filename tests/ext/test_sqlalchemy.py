@@ -46,7 +46,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 from sqlalchemy.orm import Session as SyncSession
 from sqlmodel.ext.asyncio.session import AsyncSession as SqlModelSession
 
-from consumer import App, Message, RegistrationError, Retry, TransactionMisuse, Tx
+from consumer import App, Message, RegistrationError, Reject, Retry, TransactionMisuse, Tx
 from consumer.deferred_writes.grammar import shape_of
 from consumer.ext.sqlalchemy import session
 from consumer.ext.sqlalchemy_statements import compiled
@@ -222,6 +222,13 @@ async def savepoints(s: AsyncSession) -> object:
     return [line.name for line in (await s.scalars(select(Line))).all()]
 
 
+async def open_savepoints(s: AsyncSession) -> None:
+    """At the end they are committed with the session."""
+    for body in ("outer", "inner"):
+        await s.begin_nested()
+        s.add(Note(body=body))
+
+
 async def models(s: AsyncSession) -> object:
     note = Note(body="from sqlmodel")
     s.add(note)
@@ -229,7 +236,7 @@ async def models(s: AsyncSession) -> object:
     return note.id, [one.body for one in (await s.scalars(sqlmodel.select(Note))).all()]
 
 
-@pytest.mark.parametrize("work", [columns, relations, bulk, savepoints, models])
+@pytest.mark.parametrize("work", [columns, relations, bulk, savepoints, open_savepoints, models])
 async def test_a_session_on_a_tx_does_what_one_of_its_own_does(
     dsn: str, work: Callable[[AsyncSession], Awaitable[object]]
 ) -> None:
@@ -315,6 +322,28 @@ async def test_an_error_leaves_the_block_as_that_of_the_driver(dsn: str) -> None
                 async with session(tx) as s:
                     await s.execute(insert(Order).values(reference=None, body={}))
     assert raised.value.column_name == "reference"
+
+
+async def test_an_error_inside_of_a_savepoint_that_stays_open_is_that_of_the_block(dsn: str) -> None:
+    async def twice(s: AsyncSession) -> None:
+        await s.execute(insert(Note), [{"id": 1}, {"id": 1}])
+
+    async def rejected(s: AsyncSession) -> None:
+        raise Reject("no")
+
+    for work, error in ((twice, asyncpg.UniqueViolationError), (rejected, Reject)):
+        with pytest.raises(error):
+            async with transaction(dsn) as tx:
+                with pytest.raises(error):
+                    async with session(tx) as s:
+                        await s.begin_nested()
+                        s.add(Note(body="undone"))
+                        await s.flush()
+                        await work(s)
+                assert len(idle_of(tx)) == 1
+                await tx.execute("select 1")  # the savepoint is undone
+                raise error
+    assert await value(dsn, "select count(*) from notes") == 0
 
 
 async def test_a_cancelled_statement_closes_nothing_and_fails_the_message(dsn: str) -> None:
