@@ -51,8 +51,8 @@ async def session(tx: Any, kind: Any = AsyncSession) -> AsyncIterator[Any]:
     """Open a session whose statements are those of a `Tx`.
 
     What was deferred before is sent first. ``commit()`` flushes; objects keep their values. ``begin_nested()`` is
-    `Tx.savepoint`. At the end of the block what is left is flushed, and savepoints that are still open are released. kind: the class of the session, for example
-    SQLModel's ``AsyncSession``.
+    `Tx.savepoint`. The end of the block releases savepoints that are still open, and flushes what is left. kind: the class
+    of the session, for example SQLModel's ``AsyncSession``.
 
     Raises TransactionMisuse for ``rollback()``, for SQL that controls the transaction and for ``stream()``. An error of
     the database is SQLAlchemy's inside the block (``IntegrityError`` …), and asyncpg's, as of ``tx.execute``, once it

@@ -120,7 +120,9 @@ class Statement:
         return str(self.prepared.get_statusmsg())
 
     def cursor(self, *arguments: Any) -> NoReturn:
-        raise TransactionMisuse("stream(): a handler's statement is answered whole; use execute() and LIMIT")
+        raise TransactionMisuse(
+            "stream() and yield_per: a handler's statement is answered whole; use execute(), and LIMIT for few rows"
+        )
 
 
 class TxDialect(PGDialect_asyncpg):
@@ -147,6 +149,14 @@ class TxDialect(PGDialect_asyncpg):
 
     def get_default_isolation_level(self, dbapi_conn: Any) -> Any:
         return "AUTOCOMMIT"
+
+    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
+        if level != "AUTOCOMMIT":  # the engine's own: nothing is begun here
+            raise TransactionMisuse(
+                "isolation_level of a session in a handler: the transaction is READ COMMITTED and holds other messages too; "
+                "leave it out, and lock rows with with_for_update()"
+            )
+        super().set_isolation_level(dbapi_connection, level)  # type: ignore[no-untyped-call]
 
     def _set_backslash_escapes(self, connection: Any) -> None:
         self._backslash_escapes = False

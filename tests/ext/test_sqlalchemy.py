@@ -389,9 +389,18 @@ async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
             connection = await s.connection()
         with pytest.raises(TransactionMisuse, match="was used after its session had ended"):
             await connection.execute(select(Order))
+
+
+async def test_what_needs_a_connection_of_its_own_is_refused(dsn: str) -> None:
+    async with transaction(dsn) as tx:
+        async with session(tx) as s:
+            with pytest.raises(TransactionMisuse, match="isolation_level"):
+                await s.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         async with session(tx) as s:
             with pytest.raises(TransactionMisuse, match="stream"):
                 await s.stream(select(Order))
+            with pytest.raises(TransactionMisuse, match="yield_per"):
+                await s.execute(select(Order).execution_options(yield_per=2))
 
 
 async def test_a_session_that_is_kept_writes_nothing_for_the_next_message(dsn: str) -> None:
