@@ -1,6 +1,6 @@
 """The chaos harness itself: a short run, and every mutant caught.
 
-A short random run, twenty-six broken consumers, and the promises of the harness's parts.
+A short random run, twenty-seven broken consumers, and the promises of the harness's parts.
 """
 
 from __future__ import annotations
