@@ -51,6 +51,6 @@ def test_a_model_is_the_same_json_wherever_it_is(value: Any, expected: bytes) ->
 
 
 @pytest.mark.parametrize("value", [object(), {"a": object()}])
-def test_what_is_no_model_is_refused(value: object) -> None:
+def test_values_that_are_no_model_are_refused(value: object) -> None:
     with pytest.raises(TypeError, match="it holds a "):
         to_json(value)

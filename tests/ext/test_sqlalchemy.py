@@ -324,7 +324,7 @@ async def test_an_error_leaves_the_block_as_that_of_the_driver(dsn: str) -> None
     assert raised.value.column_name == "reference"
 
 
-async def test_an_error_inside_of_a_savepoint_that_stays_open_is_that_of_the_block(dsn: str) -> None:
+async def test_error_inside_of_an_open_savepoint_stays_what_it_is(dsn: str) -> None:
     async def twice(s: AsyncSession) -> None:
         await s.execute(insert(Note), [{"id": 1}, {"id": 1}])
 
@@ -391,7 +391,7 @@ async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
             await connection.execute(select(Order))
 
 
-async def test_what_needs_a_connection_of_its_own_is_refused(dsn: str) -> None:
+async def test_calls_that_need_a_connection_of_their_own_are_refused(dsn: str) -> None:
     async with transaction(dsn) as tx:
         async with session(tx) as s:
             with pytest.raises(TransactionMisuse, match="isolation_level"):
