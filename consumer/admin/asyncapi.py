@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, get_args
 
 from consumer.app import App
@@ -80,11 +80,11 @@ class _Parts:
             "bindings": {"kafka": {"topic": topic, "bindingVersion": _BINDINGS}},
         }
         for handler in handlers:
-            name = _key(handler.name) if len(handler.topics) == 1 else f"{_key(handler.name)}.{topic}"
+            name = _key_of(handler) if len(handler.topics) == 1 else f"{_key_of(handler)}.{topic}"
             message = names[handler.name].removeprefix(f"{topic}.")
-            self.operations[self._free(name)] = self._receiving(topic, handler, message)
+            self.operations[_free(name, self.operations)] = self._receiving(topic, handler, message)
         if is_published:
-            self.operations[self._free(f"publish.{topic}")] = {
+            self.operations[_free(f"publish.{topic}", self.operations)] = {
                 "action": "send",
                 "channel": {"$ref": f"#/channels/{topic}"},
                 "messages": [{"$ref": f"#/channels/{topic}/messages/{name}"} for name in own],
@@ -94,7 +94,7 @@ class _Parts:
         """Add what a pattern matches, as a channel without an address."""
         if handler.pattern is None:
             return
-        channel = f"{_key(handler.name)}.topics"
+        channel = _free(f"{_key_of(handler)}.topics", self.channels)
         name = self._add_message(channel, handler, [handler], False)
         message = name.removeprefix(f"{channel}.")
         self.channels[channel] = {
@@ -102,14 +102,7 @@ class _Parts:
             "description": f"Topics whose whole name matches the regular expression {text_of(handler.pattern)}",
             "messages": {message: {"$ref": f"#/components/messages/{name}"}},
         }
-        self.operations[self._free(channel)] = self._receiving(channel, handler, message)
-
-    def _free(self, name: str) -> str:
-        """Return a name that no operation has."""
-        number, free = 2, name
-        while free in self.operations:
-            free, number = f"{name}_{number}", number + 1
-        return free
+        self.operations[_free(channel, self.operations)] = self._receiving(channel, handler, message)
 
     def _receiving(self, topic: str, handler: Handler, message: str) -> dict[str, Any]:
         operation: dict[str, Any] = {
@@ -260,10 +253,24 @@ def _change(row: Schema) -> Schema:
 def _type_name(declared: Any) -> str:
     """Return the name of a type, as the key of a message."""
     parts = [part for part in members(declared) if part is not type(None)]
-    kind = bare(parts[0] if len(parts) == 1 else declared)
+    if len(parts) > 1:
+        return "-or-".join(map(_type_name, parts))
+    kind = bare(parts[0] if parts else declared)
     name = getattr(kind, "__name__", None) or str(kind)
     inside = [_type_name(part) for part in get_args(kind) if isinstance(part, type)]
     return _key("-".join([name, *inside])) or "message"
+
+
+def _key_of(handler: Handler) -> str:
+    return _key(handler.name) or "handler"
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """Return a key that is not taken."""
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free
 
 
 def _key(name: str) -> str:

@@ -7,6 +7,7 @@ as one that its own code validates, is any value.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,8 +61,8 @@ class Schemas:
 
         schema = TypeAdapter(declared).json_schema(ref_template=f"{PREFIX}{{model}}")
         definitions = schema.pop("$defs", {})
-        name = getattr(declared, "__name__", None)
-        if schema.get("type") == "object" and isinstance(name, str) and name not in definitions:
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", getattr(declared, "__name__", ""))  # as pydantic names definitions
+        if schema.get("type") == "object" and name and name not in definitions:
             definitions[name], schema = schema, {"$ref": f"{PREFIX}{name}"}
         return self._add(schema, definitions)
 
@@ -120,14 +121,17 @@ def _with_references(schema: Any, change: Callable[[str], str]) -> Any:
 def draft_7(schema: Any) -> Any:
     """Return a schema in the form of draft 7.
 
-    Tuples are lists of schemas there. An object that names the member of a union is left out: a constant in it does.
+    Tuples are lists of schemas there. What names the property that distinguishes the members of a union is left out: a
+    constant in each does.
     """
     if isinstance(schema, list):
         return [draft_7(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     changed = {
-        name: draft_7(part) for name, part in schema.items() if not (name == "discriminator" and isinstance(part, dict))
+        name: draft_7(part)
+        for name, part in schema.items()
+        if not (name == "discriminator" and isinstance(part, dict) and "propertyName" in part)
     }
     if "prefixItems" in changed and isinstance(changed["prefixItems"], list):
         rest = changed.pop("items", True)

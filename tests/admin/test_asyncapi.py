@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 import jsonschema
@@ -29,6 +29,7 @@ from consumer.decoders import Avro, Change, CloudEvent, CloudEvents, Debezium, R
 
 pytestmark = pytest.mark.unit
 
+T = TypeVar("T")
 SCHEMA = json.loads(gzip.decompress((Path(__file__).parent / "asyncapi-3.0.0.json.gz").read_bytes()))
 
 
@@ -89,6 +90,14 @@ class Refund:
     line: Line
 
 
+class Page(pydantic.BaseModel, Generic[T]):
+    items: list[T]
+
+
+class Rule(msgspec.Struct):
+    discriminator: Card | Cash
+
+
 class Opaque:
     pass
 
@@ -132,6 +141,9 @@ def valid(app: App) -> dict[str, Any]:
         part = described
         for step in reference.removeprefix("#/").split("/"):
             part = part[step]
+    for part in described["components"].values():  # "MUST use keys that match", which the schema does not check
+        assert all(re.fullmatch(r"[a-zA-Z0-9._-]+", key) for key in part), list(part)
+    assert all(re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*", key) for key in described["operations"])
     assert json.loads(json.dumps(described)) == described
     return described
 
@@ -164,6 +176,22 @@ def test_types_of_both_libraries_become_schemas() -> None:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**payload, **wrong}, schema, cls=jsonschema.Draft7Validator)
     jsonschema.validate(None, payload_of(described, "topic-4.Payment"), cls=jsonschema.Draft7Validator)
+
+
+def test_types_have_names_that_keys_may_have() -> None:
+    described = valid(app_of(Page[Line], Page[Page[int]], Card | Cash, Card | Cash | None))
+    assert sorted(described["components"]["messages"]) == [
+        "receipts.message", "topic-0.Page_Line", "topic-1.Page_Page_int", "topic-2.Card-or-Cash", "topic-3.Card-or-Cash"
+    ]  # fmt: skip
+    jsonschema.validate({"items": [{"items": [1]}]}, payload_of(described, "topic-1.Page_Page_int"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"items": [{"items": ["x"]}]}, payload_of(described, "topic-1.Page_Page_int"))
+
+
+def test_a_field_may_be_named_like_a_keyword() -> None:
+    described = valid(app_of(Rule))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"discriminator": {"type": "Card"}}, payload_of(described, "topic-0.Rule"))
 
 
 def test_types_without_a_schema_are_any_value() -> None:
@@ -209,6 +237,16 @@ def test_an_operation_says_what_its_handler_does() -> None:
     assert messages["receipts.message"]["headers"]["required"] == ["message-id"]
     assert set(messages) == {"payments.Payment", "refunds.Payment", "charges.Payment", "receipts.message"}
     assert described["info"] == {"title": "shop", "version": "1.2.3"}
+
+
+def test_operations_have_keys_whatever_their_handlers_are_named() -> None:
+    app = App("shop")
+    for name in ("支付", "退款", "a/b", "a:b"):
+
+        @app.handler("payments", name=name)
+        async def settle(payment: Payment) -> None: ...
+
+    assert list(valid(app)["operations"]) == ["handler", "handler_2", "a_b", "a_b_2"]
 
 
 def test_a_topic_that_is_read_and_published_has_one_channel() -> None:
@@ -269,3 +307,20 @@ def test_a_pattern_is_a_channel_without_an_address() -> None:
     assert channel["address"] is None and r"payments\.(eu|us)" in channel["description"]
     assert described["operations"]["settle.topics"]["channel"] == {"$ref": "#/channels/settle.topics"}
     assert payload_of(described, "settle.topics.Payment") == payload_of(described, "refunds.Payment")
+
+
+def test_a_topic_named_like_the_channel_of_a_pattern_keeps_its_own() -> None:
+    app = App("shop")
+
+    @app.handler("settle.topics", topics=re.compile(r"payments\.(eu|us)"))
+    async def settle(payment: Payment) -> None: ...
+
+    described = valid(app)
+    assert {name: channel["address"] for name, channel in described["channels"].items()} == {
+        "settle.topics": "settle.topics",
+        "settle.topics_2": None,
+    }
+    assert [operation["channel"]["$ref"] for operation in described["operations"].values()] == [
+        "#/channels/settle.topics",
+        "#/channels/settle.topics_2",
+    ]
