@@ -134,9 +134,9 @@ class Producing:
         request, text = self._request, line.text
         new, wanted, key = str(new_message_id()).encode(), request.message_id, request.key
         if request.id_field is not None and text is not None:
-            wanted = field_of(text, request.id_field.split(".")).encode()
+            wanted = field_of(text, request.id_field.split("."))
         if request.key_field is not None and text is not None:
-            key = field_of(text, request.key_field.split(".")).encode()
+            key = field_of(text, request.key_field.split("."))
         value, headers = text, request.headers
         if text is not None and self._writer is not None:
             value, added = self._writer.write(text, wanted, new)

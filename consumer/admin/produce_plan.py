@@ -42,7 +42,7 @@ def parse_headers(given: Sequence[str]) -> tuple[tuple[str, bytes | None], ...]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise Misconfigured(f"--header {text[:40]!r}: not understood; write name=value")
+            raise Misconfigured("--header: not understood; write name=value")  # not quoted: it may be secret
         if name.lower() == MESSAGE_ID:
             raise Misconfigured(
                 f"--header {name}: the message id; give it with --message-id, or leave it out for a new one"

@@ -113,8 +113,8 @@ def json_of(read: Read, record: Record) -> bytes | None:
         return record.value
 
 
-def field_of(text: bytes, path: Sequence[str]) -> str:
-    """Return a field of a JSON object as text.
+def field_of(text: bytes, path: Sequence[str]) -> bytes:
+    """Return a field of a JSON object as text in UTF-8.
 
     Numbers keep their digits. Raises Unfit for a field that is missing, empty, or neither text nor a number.
     """
@@ -129,4 +129,7 @@ def field_of(text: bytes, path: Sequence[str]) -> str:
         part = part[step]
     if not isinstance(part, str) or not part:
         raise Unfit(f"the field {name!r} is {'empty' if part in ('', None) else 'neither text nor a number'}")
-    return part
+    try:
+        return part.encode()
+    except UnicodeEncodeError:
+        raise Unfit(f"the field {name!r} has half of a character, an unpaired surrogate") from None

@@ -125,6 +125,7 @@ async def test_ids_and_keys_are_taken_from_fields() -> None:
     assert (one.id, one.record.key, other.id, other.record.key) == ("1.50", b"a", "2", b"b")
     assert "no field 'o.no'" in await refusal(app, b'{"o": {}}', id_field="o.no")
     assert "neither text nor a number" in await refusal(app, b'{"o": {}}', key_field="o")
+    assert "half of a character" in await refusal(app_of((bytes, {})), b'{"k": "\\ud83d"}', key_field="k")
 
 
 async def test_one_id_with_two_values_is_refused_and_a_repetition_is_not() -> None:
@@ -159,3 +160,9 @@ def test_a_header_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(Misconfigured, match="--header"):
         parse_headers([text])
     assert parse_headers(["a=b=c", "a="]) == (("a", b"b=c"), ("a", b""))
+
+
+def test_a_refused_header_is_not_quoted() -> None:
+    with pytest.raises(Misconfigured) as refused:
+        parse_headers(["authorization: 4929"])  # as other tools take it
+    assert "4929" not in str(refused.value)
