@@ -25,13 +25,16 @@ from consumer.core.suggestions import UnknownName, suggestion
 from consumer.decoders.from_json import JsonWriter, field_of, json_writer
 from consumer.decoders.preparation import fetch_schemas, open_registry
 from consumer.kafka.admin import topic_configs
+from consumer.kafka.brokers import Brokers
 from consumer.kafka.errors import KafkaError
+from consumer.kafka.log_inspection import LogInspection
 from consumer.kafka.producer import open_producer
 from consumer.outbox.new_ids import new_message_id
 from consumer.outbox.record import RECORD_BYTES_MAX, sent_size
 from consumer.settings import Settings
 
 _AT_A_TIME = 500  # messages that are sent before their acknowledgements are waited for
+ACKNOWLEDGED_SECONDS_MIN = 10  # without an acknowledgement, until it gives up; with a longer --wait, that
 _LINES_SHOWN_MAX = 5
 
 Report = Callable[[str, int, int], None]  # phase, done, total
@@ -172,12 +175,13 @@ class Producing:
         sending: list[asyncio.Future[Any]] = []
         try:
             async with open_producer(self._settings, idempotent=True) as producer:
+                await self._check_rights(producer)
                 await self._check_partition(producer)
                 for first in range(0, len(messages), _AT_A_TIME):
                     part = messages[first : first + _AT_A_TIME]
                     for message in part:
                         sending.append(await self._start(producer, message.record))
-                    await asyncio.wait(sending[first:])  # not gather, which would give up what is under way
+                    await self._acknowledged(sending[first:])
                     for message, future in zip(part, sending[first:], strict=True):
                         metadata = future.result()
                         acknowledged(Acknowledged(message, metadata.partition, metadata.offset))
@@ -196,6 +200,23 @@ class Producing:
             headers=list(record.headers),
         )
         return future
+
+    async def _acknowledged(self, sending: Sequence[asyncio.Future[Any]]) -> None:
+        """Wait until messages are acknowledged or refused.
+
+        Raises TimeoutError where Kafka no longer answers. Not gather, which would give up what is under way.
+        """
+        seconds = max(ACKNOWLEDGED_SECONDS_MIN, self._settings.wait_seconds)
+        waiting = set(sending)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise TimeoutError(f"no acknowledgement within {seconds:g} s")
+
+    async def _check_rights(self, producer: Any) -> None:
+        topic = self._request.topic
+        if topic in await LogInspection(Brokers(producer.client)).not_writable([topic]):
+            raise Misconfigured(f"topic {topic!r}: may not be written to; give this Kafka user the right Write on it")
 
     async def _check_topic(self, messages: Sequence[Outgoing]) -> None:
         topic, request = self._request.topic, self._request

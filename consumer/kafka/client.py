@@ -18,6 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.conn import AIOKafkaConnection, collect_hosts
 from aiokafka.errors import (
     AuthenticationFailedError,
+    ClusterAuthorizationFailedError,
     IllegalSaslStateError,
     KafkaError,
     SaslAuthenticationFailed,
@@ -122,6 +123,12 @@ async def start_client(make: Callable[[], Any], settings: Settings, wait_seconds
             await _discard(client)
             raise Misconfigured(
                 f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}; write host:port, comma-separated"
+            ) from None
+        except ClusterAuthorizationFailedError:  # only idempotent producers ask for a right at start
+            await _discard(client)
+            raise Misconfigured(
+                f"Kafka at {servers}: this user may not produce; give it the right Write on the topic, and before Kafka 2.8 "
+                "IdempotentWrite on the cluster"
             ) from None
         except (KafkaError, OSError, AssertionError) as error:  # TimeoutError is an OSError
             await _discard(client)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from aiokafka import AIOKafkaProducer
 
 from consumer.kafka.client import connection_options, start_client
 from consumer.settings import Settings
 
+STOP_SECONDS = 5
 _RECORD_BYTES_MAX = 1 << 30  # topics may take more than this client's own limit of 1 MiB; the broker decides
 
 
@@ -17,8 +19,9 @@ _RECORD_BYTES_MAX = 1 << 30  # topics may take more than this client's own limit
 async def open_producer(settings: Settings, *, idempotent: bool = False) -> AsyncIterator[AIOKafkaProducer]:
     """Yield a producer, and flush it on leaving.
 
-    On leaving, all replicas in sync have acknowledged every record, or an error is raised. idempotent: retries neither
-    repeat nor reorder records, as far as the broker can do that.
+    On leaving, all replicas in sync have acknowledged every record, or an error is raised; what is under way when the block
+    raises gets a few seconds. idempotent: retries neither repeat nor reorder records; they never end, so the caller decides
+    how long it waits. Raises ServiceUnavailable and Misconfigured.
     """
     producer = await start_client(
         lambda: AIOKafkaProducer(
@@ -35,4 +38,5 @@ async def open_producer(settings: Settings, *, idempotent: bool = False) -> Asyn
         yield producer
         await producer.flush()
     finally:
-        await producer.stop()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(producer.stop(), STOP_SECONDS)

@@ -17,7 +17,11 @@ from payments_app import payments_app
 from proxy import FETCH, HEARTBEAT, JOIN_GROUP, OFFSET_COMMIT, PRODUCE, SYNC_GROUP, Cut, Proxy
 
 from consumer import App, Settings, Tx
+from consumer.admin import produce
+from consumer.admin.produce import Line, Producing, Request
+from consumer.core.errors import CannotTell
 from consumer.core.message import Partition
+from consumer.kafka import producer
 from consumer.kafka.admin import group_offsets
 from consumer.kafka.protocol import FetchById
 from consumer.worker.health import Stalled
@@ -31,9 +35,10 @@ def payments(first: int, count: int = 200) -> list[Sent]:
     ]
 
 
-def through(place: Place, kafka: Any) -> Settings:
+def through(place: Place, kafka: Any, **options: Any) -> Settings:
+    servers = f"127.0.0.1:{kafka.proxy}"
     return place.settings(
-        kafka_bootstrap_servers=f"127.0.0.1:{kafka.proxy}", kafka_session_timeout_seconds=3, batch_messages_max=50
+        kafka_bootstrap_servers=servers, kafka_session_timeout_seconds=3, batch_messages_max=50, **options
     )
 
 
@@ -88,6 +93,23 @@ async def test_requests_cut_before_during_and_after_they_were_done(place: Place,
         await drained(payments_app(topic, name=name, balances=False), place.settings())
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(sent, sent)]
     assert await value(place.dsn, "select sum(next_offset)::int8 from consumer.positions") == sent
+
+
+async def test_messages_that_kafka_never_gets_are_given_up(
+    place: Place, kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(produce, "ACKNOWLEDGED_SECONDS_MIN", 0.5)
+    monkeypatch.setattr(producer, "STOP_SECONDS", 0.5)
+    topic = await place.topic()
+    app = App("waiting", publishes=[topic])
+    async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy:
+        request = Request(topic=topic, lines=[Line(None, b"1")])
+        producing = Producing(app, [], request, through(place, kafka, wait_seconds=3))
+        messages = await producing.prepare(lambda *_: None)
+        proxy.on(PRODUCE, "before", times=None)
+        with pytest.raises(CannotTell, match=r"within 3 s; 0 of 1 .*, and 1 more may have been sent"):
+            await producing.send(messages, lambda _: None, lambda *_: None)
+        assert proxy.fired[PRODUCE, "before"]
 
 
 async def test_a_produce_whose_answer_was_lost_is_sent_again_and_counts_once(place: Place, kafka: Any) -> None:

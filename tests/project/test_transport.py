@@ -47,6 +47,7 @@ from harness import (
 from services import Kafka
 
 from consumer import App, Misconfigured, Settings, Tx, tls, verify
+from consumer.admin.produce import Line, Producing, Request
 from consumer.core.errors import ServiceUnavailable
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.oauth import NoToken, TokenCache
@@ -337,6 +338,17 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
         assert await source.log.not_writable([topic, closed]) == {topic, closed}
     finally:
         await source.stop(5)
+    # Nor does `consumer produce` repeat a question that gets the same answer.
+    request = Request(topic=topic, lines=[Line(None, b'{"id": "1", "account": 1, "amount": 1}')])
+    producing = Producing(app, [], request, settings)
+    messages = await producing.prepare(lambda *_: None)
+    with pytest.raises(Misconfigured, match=r"give (it|this Kafka user) the right Write on"):
+        await producing.send(messages, lambda _: None, lambda *_: None)
+    await asyncio.to_thread(
+        kafka.acls, ["--add", "--allow-principal", "User:dave", "--operation", "Write", "--topic", await place.topic()]
+    )
+    with pytest.raises(Misconfigured, match=f"topic {topic!r}: may not be written to; give this Kafka user the right"):
+        await producing.send(messages, lambda _: None, lambda *_: None)
     publishing = App(app.name, publishes=[closed])
     publishing.handler(topic)(app.handlers["settle"].function)
     with pytest.raises(
