@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,42 +21,29 @@ from consumer.cli.progress import progress
 from consumer.core.errors import Misconfigured
 from consumer.settings import Settings
 
-_MESSAGE = "Message"
 _BOM = b"\xef\xbb\xbf"
+
+
+_option = partial(typer.Option, rich_help_panel="Message")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MessageFlags:
     """What the messages are, beside their values."""
 
-    key: Annotated[
-        str | None, typer.Option("--key", help="key of the message, or of all of --file", rich_help_panel=_MESSAGE)
-    ] = None
+    key: Annotated[str | None, _option("--key", help="key of the message, or of all of --file")] = None
     key_field: Annotated[
-        str | None,
-        typer.Option(
-            "--key-field", metavar="PATH", help="take the key from this field of the value", rich_help_panel=_MESSAGE
-        ),
+        str | None, _option("--key-field", metavar="PATH", help="take the key from this field of the value")
     ] = None
-    message_id: Annotated[
-        str | None,
-        typer.Option("--message-id", help="id of the message; by default a new one", rich_help_panel=_MESSAGE),
-    ] = None
+    message_id: Annotated[str | None, _option("--message-id", help="id of the message; by default a new one")] = None
     id_field: Annotated[
-        str | None,
-        typer.Option(
-            "--id-field", metavar="PATH", help="take the id from this field of the value", rich_help_panel=_MESSAGE
-        ),
+        str | None, _option("--id-field", metavar="PATH", help="take the id from this field of the value")
     ] = None
     headers: Annotated[
-        list[str] | None,
-        typer.Option("--header", metavar="NAME=VALUE", help="a header (may be repeated)", rich_help_panel=_MESSAGE),
+        list[str] | None, _option("--header", metavar="NAME=VALUE", help="a header (may be repeated)")
     ] = None
     partition: Annotated[
-        int | None,
-        typer.Option(
-            "--partition", min=0, help="send to this partition; by default the key decides", rich_help_panel=_MESSAGE
-        ),
+        int | None, _option("--partition", min=0, help="send to this partition; by default the key decides")
     ] = None
 
 
