@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
 from consumer.admin.bytes_as_text import text_or_base64
@@ -19,7 +19,7 @@ from consumer.admin.tail_messages import fault_in, id_text, in_time_order
 from consumer.app import App
 from consumer.core.delivery import Delivery
 from consumer.core.errors import CannotTell, Misconfigured
-from consumer.core.log_identity import Position
+from consumer.core.log_identity import ObservedLog, Position, check_log
 from consumer.core.message import Partition, Record
 from consumer.core.message_state import NOTHING, HandlerState, State, state_of
 from consumer.core.shard_route import RouteFault, Router
@@ -28,7 +28,8 @@ from consumer.decoders.preparation import fetch_schemas
 from consumer.kafka.bounds import Latest, Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import LogTruncated
-from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, resolve, spans_between
+from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, read_last, resolve, spans_between
+from consumer.kafka.protocol import Identity
 from consumer.postgres import message_states, positions
 from consumer.postgres.connection import database_epoch, translated_errors
 from consumer.postgres.protocol import Connection
@@ -39,8 +40,9 @@ from consumer.transaction.identify import identify
 _FOR_EVER = 1 << 62  # an offset that no log reaches
 _CHUNKS_MAX = 16  # that are read before they are shown
 # A worker settles a message within some ten milliseconds of its arrival: shown at once, each would be unsettled.
-_SETTLE_SECONDS, _ASK_AGAIN_SECONDS = 1.0, 0.1
-_RECENT_MS = 5000
+SETTLE_SECONDS, _ASK_AGAIN_SECONDS = 1.0, 0.1
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 T = TypeVar("T")
 
@@ -61,6 +63,17 @@ class TailOptions:
     values: bool = False
 
 
+def time_of(timestamp_ms: int) -> datetime | None:
+    """Return the time of a record.
+
+    None where it has none, or one beyond the year 9999: of a producer that counts microseconds.
+    """
+    try:
+        return _EPOCH + timedelta(milliseconds=timestamp_ms) if timestamp_ms >= 0 else None
+    except OverflowError:
+        return None
+
+
 class Shown(NamedTuple):
     """A message, and what became of it."""
 
@@ -71,12 +84,12 @@ class Shown(NamedTuple):
 
     def as_dict(self, with_values: bool) -> dict[str, Any]:
         """Return the message as `--json` prints it."""
-        record = self.record
+        record, at = self.record, time_of(self.record.timestamp)
         row: dict[str, Any] = {
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
-            "time": datetime.fromtimestamp(record.timestamp / 1000, UTC).isoformat(timespec="milliseconds"),
+            "time": None if at is None else at.isoformat(timespec="milliseconds"),
             "key": text_or_base64(record.key),
             "id": self.id,
             "handlers": [
@@ -129,6 +142,8 @@ class Tail:
     options: TailOptions
     ledgers: Ledgers = field(init=False)
     _router: Router = field(init=False)
+    _logs: Identity = field(init=False)
+    _ends: dict[Partition, int] = field(default_factory=dict)  # of the logs when it began; what comes after is new
 
     def __post_init__(self) -> None:
         self.ledgers = Ledgers(self.app, self.settings)
@@ -167,12 +182,14 @@ class Tail:
             if not topics:
                 raise Misconfigured(f"topics: none of {self.app.selection} exists; have them created")
         partitions = await find_partitions(source, topics, self.options.partitions)
+        self._logs = await source.log.identity(topics)
         now = int(time.time() * 1000)
         start = parse(self.options.start, "--from", now)
         known = await self._positions(partitions)
         if self.options.until is not None and self.options.last is None:
             return await resolve(source, partitions, start, parse(self.options.until, "--until", now), known)
         spans = await spans_between(source, partitions, start, Latest(), known)
+        self._ends = {span.partition: span.end for span in spans}
         return [
             span._replace(first=span.end if self.options.last is not None else span.first, end=_FOR_EVER)
             for span in spans
@@ -194,9 +211,7 @@ class Tail:
         self, source: KafkaConsumer, spans: Sequence[Span], last: int, show: Callable[[Sequence[Shown]], None]
     ) -> list[Span]:
         """Show the last messages of all partitions; return what comes after."""
-        begins = await source.log.beginnings([span.partition for span in spans])
-        before = [Span(span.partition, max(begins[span.partition], span.first - last), span.first) for span in spans]
-        records = [record async for chunk in read(source, before) for record in chunk.records]
+        records = await read_last(source, {span.partition: span.first for span in spans}, last)
         await self._show(in_time_order(records)[-last:], show)
         return [span._replace(end=span.first) for span in spans] if self.options.until is not None else list(spans)
 
@@ -238,16 +253,14 @@ class Tail:
         if not records:
             return
         clock = asyncio.get_running_loop().time
-        deadline = clock() + _SETTLE_SECONDS
+        deadline = clock() + SETTLE_SECONDS
         by_topic = self.app.by_topic()
         while True:
             deliveries = [Delivery(handler, record) for record in records for handler in by_topic.get(record.topic, ())]
             await fetch_schemas(deliveries, self.settings)
             states = await self._states(deliveries)
-            now_ms = time.time() * 1000
             if clock() > deadline or not any(
-                state.state is State.UNSETTLED and now_ms - delivery.record.timestamp < _RECENT_MS
-                for delivery, state in states.items()
+                state.state is State.UNSETTLED and self._is_new(delivery) for delivery, state in states.items()
             ):
                 break
             await asyncio.sleep(_ASK_AGAIN_SECONDS)
@@ -255,6 +268,11 @@ class Tail:
         for delivery in deliveries:
             by_record[id(delivery.record)].append(delivery)
         show([self._shown(record, by_record[id(record)], states) for record in records])
+
+    def _is_new(self, delivery: Delivery) -> bool:
+        """Whether a message came after the tail began, whatever its timestamp says."""
+        end = self._ends.get(delivery.partition)
+        return end is not None and delivery.record.offset >= end
 
     def _shown(self, record: Record, deliveries: Sequence[Delivery], states: Mapping[Delivery, HandlerState]) -> Shown:
         value = record.value
@@ -284,6 +302,7 @@ class Tail:
         logs: dict[Partition, Position] = await positions.read_positions(connection, self.app.name, partitions)
         identify(deliveries, logs)
         stored = await message_states.read(connection, self.app.name, deliveries)
+        others = {partition: self._other_log(partition, position) for partition, position in logs.items()}
         return {
             delivery: state_of(
                 delivery,
@@ -291,5 +310,16 @@ class Tail:
                 logs[delivery.partition].offset if delivery.partition in logs else None,
                 fault_in(delivery),
             )
+            if (other := others.get(delivery.partition)) is None
+            else state_of(delivery, NOTHING, None, other)
             for delivery, of_message in zip(deliveries, stored, strict=True)
         }
+
+    def _other_log(self, partition: Partition, position: Position) -> str | None:
+        """Return why a position is of another log.
+
+        Its messages had the same offsets. None: it is of this log.
+        """
+        log = ObservedLog(self._logs.cluster_id, self._logs.topics.get(partition.topic))
+        halt = check_log(partition, position, log)
+        return None if halt is None else halt.text

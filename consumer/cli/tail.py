@@ -6,13 +6,12 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from consumer.admin.produce import readers
-from consumer.admin.tail import Shown, Tail, TailOptions
+from consumer.admin.tail import Shown, Tail, TailOptions, time_of
 from consumer.app_loader import load_app
 from consumer.cli.framework import SERVICES, AppPath, AsJson, cli, command
 from consumer.cli.output import err, line, printable
@@ -82,7 +81,8 @@ def tail(
     it is settled, or a second later.
 
     Changes nothing: joins no group, commits no offset, and shows committed
-    messages only. Ctrl-C ends it.
+    messages only. Topics and partitions that are added while it runs are
+    not shown. Ctrl-C ends it.
 
     \b
     Examples:
@@ -135,8 +135,9 @@ async def _run(following: Tail, options: TailOptions, as_json: bool) -> int:
 
 def _print(message: Shown, with_values: bool) -> None:
     record = message.record
-    at = datetime.fromtimestamp(record.timestamp / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
-    parts = [f"{at}Z", f"{record.topic}:{record.partition}:{record.offset}"]
+    at = time_of(record.timestamp)
+    time = f"timestamp={record.timestamp}" if at is None else f"{at:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+    parts = [time, f"{record.topic}:{record.partition}:{record.offset}"]
     if record.key is not None:
         parts.append(f"key={_text(record.key)}")
     if message.id is not None:

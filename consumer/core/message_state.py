@@ -87,6 +87,9 @@ def state_of(delivery: Delivery, stored: StoredState, position: int | None, prob
     if stored.claimed_by is not None and stored.same_payload and stored.claimed_by != place:
         first = place_text(*stored.claimed_by)
         return HandlerState(name, id, State.DUPLICATE if is_passed else State.UNSETTLED, stored.applied_at, first)
+    if stored.letter_state == DeadLetterState.APPLIED and delivery.handler.idempotent:
+        # By a retry, whatever the ledger still holds.
+        return HandlerState(name, id, State.APPLIED, letter=stored.letter)
     if stored.attempts and not is_passed:
         return HandlerState(name, id, State.WAITING, attempts=stored.attempts)
     if not is_passed:

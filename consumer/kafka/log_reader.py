@@ -194,3 +194,30 @@ async def read(source: KafkaConsumer, spans: Sequence[Span]) -> AsyncIterator[Ch
                 del ends[partition]
             if records or offset >= end:
                 yield Chunk(partition, records, min(offset, end))
+
+
+async def read_last(source: KafkaConsumer, ends: Mapping[Partition, int], count: int) -> list[Record]:
+    """Return the last records of partitions before these offsets.
+
+    In order within each partition. As many as `count` of each, or all that it has: where a log has offsets without a record (markers, aborted and
+    compacted ones), it is read from further back. The source must be started. Raises KafkaError and LogTruncated.
+    """
+    begins = await source.log.beginnings(list(ends))
+    read_from = dict(ends)
+    last: dict[Partition, list[Record]] = {partition: [] for partition in ends}
+    width = count
+    while True:
+        spans = [
+            Span(partition, max(begins[partition], offset - width), offset)
+            for partition, offset in read_from.items()
+            if offset > begins[partition] and len(last[partition]) < count
+        ]
+        if not spans:
+            return [record for records in last.values() for record in records]
+        older: dict[Partition, list[Record]] = {span.partition: [] for span in spans}
+        async for chunk in read(source, spans):
+            older[chunk.partition] = [*older[chunk.partition], *chunk.records][-count:]
+        for partition, first, _ in spans:
+            last[partition] = (older[partition] + last[partition])[-count:]
+            read_from[partition] = first
+        width *= 4

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from harness import Place, Sent, consume_all, consumer, is_one_line, query, until, value, working
+from harness import Place, Sent, consume_all, consumer, is_one_line, new_topic, query, until, value, working
 
 from consumer import App, Reject, Retry, Tx
+from consumer.admin import tail
 from consumer.admin.tail import Shown, Tail, TailOptions
 from consumer.local_servers import free_port
 
@@ -45,8 +50,7 @@ def app_of(topic: str) -> App:
 async def tailed(app: App, place: Place, **options: Any) -> dict[int, Shown]:
     """What a tail up to the end shows, by offset."""
     shown: list[Shown] = []
-    tail = Tail(app, place.settings(), TailOptions(**options))
-    await tail.run(shown.extend, lambda _: None)
+    await Tail(app, place.settings(), TailOptions(**options)).run(shown.extend, lambda _: None)
     return {message.record.offset: message for message in shown}
 
 
@@ -95,7 +99,51 @@ async def stored(place: Place) -> list[Any]:
     return [await query(place.dsn, f"select * from consumer.{table} order by 1, 2") for table in tables]
 
 
-async def test_messages_are_followed_until_they_are_settled(place: Place) -> None:
+async def test_last_messages_are_found_between_offsets_without_any(place: Place) -> None:
+    # Since Kafka 4 a broker refuses such timestamps unless the topic says otherwise.
+    topic = await place.topic(1, **{"message.timestamp.after.max.ms": str((1 << 63) - 1)})
+    microseconds = 1764540000123456
+    await place.send(topic, Sent({"do": "first"}, id="0", timestamp=microseconds))
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
+    await producer.start()
+    try:
+        for number in range(1, 4):  # behind each one is the marker of its transaction
+            async with producer.transaction():
+                await producer.send_and_wait(topic, b'{"do": "x"}', headers=[("message-id", b"%d" % number)])
+        with suppress(ValueError):
+            async with producer.transaction():
+                await producer.send_and_wait(topic, b"of an aborted transaction")
+                raise ValueError
+    finally:
+        await producer.stop()
+    app = app_of(topic)
+    shown = await tailed(app, place, until="latest", last=2)
+    assert [message.id for message in shown.values()] == ["2", "3"]
+    shown = await tailed(app, place, until="latest", last=9)
+    assert [message.id for message in shown.values()] == ["0", "1", "2", "3"]
+    assert shown[0].as_dict(False)["time"] is None
+
+
+async def test_claims_of_a_deleted_topic_are_not_said_of_a_new_one(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, Sent({"do": "a"}))
+    await consume_all(app, place.settings())
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    try:
+        await admin.delete_topics([topic])
+    finally:
+        await admin.close()
+    await new_topic(place.kafka, 1, topic)
+    await place.send(topic, Sent({"do": "another"}))
+    [message] = (await tailed(app, place, start="earliest", until="latest")).values()
+    assert [str(state.state) for state in message.handlers] == ["unsettled", "unsettled"]
+    assert "deleted and recreated" in (message.handlers[0].problem or "")
+
+
+async def test_messages_are_followed_until_they_are_settled(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail, "SETTLE_SECONDS", 60.0)  # however slow the machine is
     topic = await place.topic(2)
     app = app_of(topic)
     shown: list[Shown] = []
@@ -121,15 +169,17 @@ async def test_messages_are_followed_until_they_are_settled(place: Place) -> Non
             end = """select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = current_database()
                      and pid <> pg_backend_pid() and query like '%unnest%left join consumer.attempts%'"""
             await until("the tail's connection", lambda: value(place.dsn, end))
-            await place.send(topic, Sent({"do": "last"}, id="last", partition=0))
+            old = int(time.time() * 1000) - 3_600_000  # a producer may give the time of the event
+            await place.send(topic, Sent({"do": "last"}, id="last", partition=0, timestamp=old))
             await until("the last message", lambda: has(number + 1), 60)
     finally:
         following.cancel()
         await asyncio.wait([following])
     assert following.cancelled() and first <= number
     assert sorted(message.id or "" for message in shown) == sorted([*map(str, range(1, number + 1)), "last"])
-    # A slow machine may settle a message later than a second after it is read: the state is true all the same.
+    # What was there when the tail began is shown at once.
     assert {str(message.handlers[0].state) for message in shown} <= {"applied", "unsettled"}
+    assert [str(message.handlers[0].state) for message in shown if message.id == "last"] == ["applied"]
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
     await admin.start()
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from consumer import App
+from consumer.admin.tail import time_of
 from consumer.admin.tail_messages import fault_in, id_text, in_time_order
 from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord, Partition
@@ -40,7 +41,10 @@ def delivery(
         (StoredState("now", True, HERE), 6, "applied"),
         (StoredState("now", True, HERE), 3, "applied"),  # positions were moved back
         (StoredState("now", True, HERE, 4, "applied", "failed"), 6, "applied"),  # by a retry
+        (StoredState(None, False, None, 4, "applied", "failed"), 6, "applied"),  # and the ledger has forgotten it
+        (StoredState("now", False, ELSEWHERE, 4, "applied", "id_conflict"), 6, "applied"),
         (StoredState("now", True, ELSEWHERE), 6, "duplicate"),
+        (StoredState("now", True, ELSEWHERE, 4, "applied", "failed"), 6, "duplicate"),
         (StoredState("now", True, ELSEWHERE), 5, "unsettled"),
         (StoredState("now", False, ELSEWHERE), 5, "unsettled"),  # a conflict, as soon as a worker sees it
         (StoredState("now", False, ELSEWHERE, 4, "dead", "id_conflict"), 6, "dead-lettered"),
@@ -91,6 +95,11 @@ def test_a_fault_of_form_is_named_before_a_worker_sees_it() -> None:
     assert fault_in(delivery(int, b"1")) is None
     assert fault_in(delivery(int, b'"x"')) == "unreadable: Expected `int`, got `str`"
     assert fault_in(delivery(int, None)) == "no_value: a null value, and the handler does not take None"
+
+
+def test_a_timestamp_that_is_no_time_of_a_calendar_has_none() -> None:
+    assert str(time_of(1764540000123)) == "2025-11-30 22:00:00.123000+00:00"
+    assert time_of(-1) is None and time_of(1764540000123 * 1000) is None and time_of((1 << 63) - 1) is None
 
 
 def test_partitions_are_merged_by_time_and_keep_their_order() -> None:

@@ -139,12 +139,14 @@ class Sent:
         key: str | None = None,
         partition: int | None = None,
         headers: Sequence[tuple[str, bytes]] = (),
+        timestamp: int | None = None,
     ) -> None:
         self.value = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = [] if id is None else [("message-id", id if isinstance(id, bytes) else str(id).encode())]
         self.headers = [*given, *headers]
         self.key = None if key is None else key.encode()
         self.partition = partition
+        self.timestamp = timestamp
 
 
 async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
@@ -154,7 +156,12 @@ async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
     try:
         futures = [
             await producer.send(
-                topic, message.value, key=message.key, partition=message.partition, headers=message.headers
+                topic,
+                message.value,
+                key=message.key,
+                partition=message.partition,
+                headers=message.headers,
+                timestamp_ms=message.timestamp,
             )
             for message in messages
         ]
