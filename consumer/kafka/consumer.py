@@ -243,10 +243,8 @@ class KafkaConsumer:
     def pause_until_positioned(self, partition: Partition) -> None:
         """Fetch nothing of a partition until `seek_and_resume`."""
         self._faults.forget(partition)
-        with suppress(IllegalStateError):
-            self.consumer.pause(TopicPartition(*partition))
-            # Any position keeps the client from asking the group's coordinator for one.
-            self.consumer.seek(TopicPartition(*partition), 0)
+        self._control.pause(partition)
+        self._control.seek(partition, 0)  # any position keeps the client from asking the group's coordinator for one
 
     def seek_and_resume(self, partition: Partition, offset: int, topic_id: UUID | None = None) -> None:
         """Fetch a partition from an offset.
@@ -258,9 +256,8 @@ class KafkaConsumer:
         else:
             self._ids[partition] = topic_id
         self._faults.forget(partition)
-        with suppress(IllegalStateError):
-            self.consumer.seek(TopicPartition(*partition), offset)
-            self.consumer.resume(TopicPartition(*partition))
+        self._control.seek(partition, offset)
+        self._control.resume(partition)
 
     def pause(self, partition: Partition) -> None:
         """Fetch nothing more of a partition, and keep its position."""

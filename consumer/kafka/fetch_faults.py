@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-from aiokafka.errors import CorruptRecordException, IllegalStateError, KafkaError, UnknownError
+from aiokafka.errors import CorruptRecordException, KafkaError, UnknownError
 
 from consumer.core.log_identity import HaltReason
 from consumer.core.message import LogRecord, Partition, Record
@@ -106,7 +105,7 @@ class FetchFaults:
         since = self._delayed.setdefault(partition, loop.time())
         if loop.time() - since > _DELAYED_SECONDS_MAX:
             del self._delayed[partition]
-            with suppress(IllegalStateError):
+            if self._client.is_assigned(partition):
                 self.failed(partition, self._delay_failure(error, self._client.fetch_position(partition)))
         elif self._client.is_assigned(partition) and not self._client.is_paused(partition):
             self._client.pause(partition)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +16,6 @@ import aiokafka
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
-from aiokafka.errors import IllegalStateError
 from aiokafka.record.memory_records import MemoryRecords
 
 from consumer.core.message import LogRecord, Partition
@@ -152,28 +150,26 @@ class ClientControl:
     def is_paused(self, partition: Partition) -> bool:
         return TopicPartition(*partition) in self._consumer.paused()
 
+    # The client raises IllegalStateError for a partition that is not assigned, but an AssertionError between a change of its
+    # subscription and the next assignment.
+
     def pause(self, partition: Partition) -> None:
         """Stop fetching a partition; nothing happens if it is not assigned."""
-        with suppress(IllegalStateError):
+        if self.is_assigned(partition):
             self._consumer.pause(TopicPartition(*partition))
 
     def resume(self, partition: Partition) -> None:
         """Fetch a partition again; nothing happens if it is not assigned."""
-        with suppress(IllegalStateError):
+        if self.is_assigned(partition):
             self._consumer.resume(TopicPartition(*partition))
 
     def seek(self, partition: Partition, offset: int) -> None:
-        """Fetch from an offset next.
-
-        Raises IllegalStateError if the partition is not assigned.
-        """
-        self._consumer.seek(TopicPartition(*partition), offset)
+        """Fetch from an offset next; nothing happens if it is not assigned."""
+        if self.is_assigned(partition):
+            self._consumer.seek(TopicPartition(*partition), offset)
 
     def fetch_position(self, partition: Partition) -> int:
-        """Return the next offset to fetch.
-
-        Raises IllegalStateError if the partition is not assigned.
-        """
+        """Return the next offset to fetch of an assigned partition."""
         assignment = self._consumer._subscription.subscription.assignment
         return int(assignment.state_value(TopicPartition(*partition)).position)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aiokafka.consumer.subscription_state import SubscriptionState
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from consumer import App
 from consumer.core.message import Partition
@@ -78,23 +78,43 @@ def test_intake_has_a_home_as_soon_as_a_topic_exists() -> None:
     assert fixed.home() == Partition("payments.us", 0)  # the first that handlers name, whatever exists
 
 
+class Subscribed:
+    """A client that is not connected, with a subscription by `takes`."""
+
+    def __init__(self, takes: Callable[[str], bool]) -> None:
+        self.rejoins = 0
+        self.consumer: Any = AIOKafkaConsumer(group_id="shop")
+        self.consumer._closed = True  # nothing is open
+        self.consumer._coordinator = self
+        self.state = self.consumer._subscription
+        self.control = ClientControl(self.consumer)
+        self.control.subscribe_matching(takes, None)
+
+    def request_rejoin(self) -> None:
+        self.rejoins += 1
+
+
 async def test_the_client_joins_again_whenever_other_topics_match() -> None:
     """Else it fails for good.
 
     It asserts that its assignment is valid after it has looked for its coordinator.
     """
-    state, rejoins = SubscriptionState(asyncio.get_running_loop()), list[None]()
+    client = Subscribed(lambda topic: topic == "a")
+    assert client.consumer._client._topics == set()  # which is all
+    assert client.state.subscribed_pattern.match("a") and not client.state.subscribed_pattern.match("ab")
+    client.state.subscribe_from_pattern({"a"})
+    assert client.state.topics == {"a"} and client.rejoins == 1
 
-    class Coordinator:
-        def request_rejoin(self) -> None:
-            rejoins.append(None)
 
-    class Client:
-        def set_topics(self, topics: list[str]) -> None:
-            assert topics == []  # which is all
-
-    consumer: Any = type("Consumer", (), {"_subscription": state, "_coordinator": Coordinator(), "_client": Client()})()
-    ClientControl(consumer).subscribe_matching(lambda topic: topic == "a", None)
-    assert state.subscribed_pattern.match("a") and not state.subscribed_pattern.match("ab")
-    state.subscribe_from_pattern({"a"})
-    assert state.topics == {"a"} and rejoins == [None]
+async def test_partitions_may_be_paused_and_sought_while_the_client_joins_again() -> None:
+    """It has no assignment then, and lanes are still drained."""
+    client, partition = Subscribed(lambda topic: True), Partition("a", 0)
+    client.state.subscribe_from_pattern({"a"})
+    client.state.assign_from_subscribed([TopicPartition(*partition)])
+    client.control.pause(partition)
+    assert client.control.is_paused(partition)
+    client.state.subscribe_from_pattern({"a", "b"})
+    client.control.pause(partition)
+    client.control.resume(partition)
+    client.control.seek(partition, 5)
+    assert not client.control.is_assigned(partition)
