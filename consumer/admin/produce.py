@@ -21,7 +21,8 @@ from consumer.core.handler import Handler
 from consumer.core.message import LogRecord
 from consumer.core.models import Unfit
 from consumer.core.shard_route import RouteFault, Router
-from consumer.core.suggestions import UnknownName, suggestion
+from consumer.core.suggestions import UnknownName
+from consumer.core.topic_names import TopicSelection
 from consumer.decoders.from_json import JsonWriter, field_of, json_writer
 from consumer.decoders.preparation import fetch_schemas, open_registry
 from consumer.kafka.admin import topic_configs
@@ -86,9 +87,9 @@ def readers(app: App, path: str, topic: str) -> list[Handler]:
     app.discover([topic])
     handlers = [handler for handler in app.handlers.values() if topic in handler.topics]
     if not handlers and topic not in app.publishes:
-        known = [*app.topics, *app.publishes]
+        known = TopicSelection([*app.selection.names, *app.publishes], app.selection.patterns)
         raise UnknownName(
-            f"TOPIC {topic!r}: {path} neither has a handler of it nor publishes it; {suggestion(topic, known)}"
+            f"TOPIC {topic!r}: {path} neither has a handler of it nor publishes it; {known.suggestion(topic)}"
         )
     return handlers
 

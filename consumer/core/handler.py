@@ -93,6 +93,11 @@ class Handler:
             new = {topic for topic in topics if topic_names.matches(self.pattern, topic)}.difference(self.topics)
             self.topics += tuple(sorted(new))
 
+    @property
+    def selection(self) -> topic_names.TopicSelection:
+        """Its names and its pattern."""
+        return topic_names.TopicSelection(self.named_topics, [] if self.pattern is None else [self.pattern])
+
     def wrong(self, problem: str) -> RegistrationError:
         """Return an error that names the place of the handler."""
         return RegistrationError(f"{self.place}: handler {self.name!r}: {problem}")

@@ -69,6 +69,4 @@ def _check_name(app: App, topics: Sequence[str], name: str) -> None:
             f"handler {name!r}: it is not idempotent (idempotent=False) and keeps no ledger row to verify; leave it out"
         )
     if not set(topics) & set(handler.topics):
-        raise Misconfigured(
-            f"handler {name!r}: does not take {', '.join(topics)}; it takes {', '.join(handler.topics)}"
-        )
+        raise Misconfigured(f"handler {name!r}: does not take {', '.join(topics)}; it takes {handler.selection}")

@@ -14,6 +14,7 @@ from consumer.core.message import Partition
 from consumer.core.topic_names import TopicSelection, matches, text_of
 from consumer.handler_records.coverage import HandlerCoverage
 from consumer.handler_records.settled_ranges import At, Gap
+from consumer.replay.selection import choose_handlers
 from consumer.testing import Sent
 from consumer.testing.messages import partition_of
 
@@ -119,8 +120,14 @@ def test_a_topic_that_is_named_in_a_command_need_not_exist() -> None:
 def test_consumer_produce_sends_to_topics_that_match() -> None:
     app = app_of(settle=((), PAYMENTS))
     assert [handler.name for handler in readers(app, "shop:app", "payments.us")] == ["settle"]
-    with pytest.raises(Misconfigured, match="neither has a handler"):
+    with pytest.raises(Misconfigured, match=r"neither has a handler.*; it has: those that payments\\.\(eu"):
         readers(app, "shop:app", "payments.fr")
+
+
+def test_a_replay_says_what_a_handler_takes() -> None:
+    app = app_of(settle=((), PAYMENTS), count=(("refunds",), None))
+    with pytest.raises(Misconfigured, match=r"'settle': does not take refunds; it takes those that payments\\.\(eu"):
+        choose_handlers(app, ["refunds"], ["settle"])
 
 
 def test_gaps_are_of_topics_that_match() -> None:
