@@ -63,7 +63,6 @@ class KafkaConsumer:
         self._consumer: AIOKafkaConsumer | None = None
         self._started_log: LogInspection | None = None
         self._ids: dict[Partition, UUID] = {}
-        self._held: set[Partition] = set()
         self._faults = FetchFaults(settings, client_id(settings, group, worker))
 
     def _make(self) -> AIOKafkaConsumer:
@@ -175,7 +174,7 @@ class KafkaConsumer:
         A topic that does not exist yet is consumed as soon as it exists. takes: whether to consume a topic, asked for each one of
         the cluster, now and at each refresh of the metadata; then `topics` are not looked at.
         """
-        listener = _RebalanceListener(self._held, on_revoked, on_assigned)
+        listener = _RebalanceListener(on_revoked, on_assigned)
         if takes is None:
             self.consumer.subscribe(topics=list(topics), listener=listener)
         else:
@@ -320,13 +319,13 @@ class KafkaConsumer:
     async def commit(self, positions: Mapping[Partition, tuple[int, str]]) -> bool:
         """Copy positions and their metadata to Kafka.
 
-        Best effort: returns False when a rebalance or an outage came between, which is normal.
+        positions: of partitions that the worker has not given up yet; Kafka checks the generation of the group, not whose they
+        are. Best effort: returns False when a rebalance or an outage came between, which is normal.
         """
-        offsets = {partition: copy for partition, copy in positions.items() if partition in self._held}
-        if not offsets:
+        if not positions:
             return True
         try:
-            await asyncio.wait_for(self._control.commit(offsets), _COMMIT_SECONDS)
+            await asyncio.wait_for(self._control.commit(positions), _COMMIT_SECONDS)
         except (KafkaError, TimeoutError) as error:
             event(logging.DEBUG, "offset commit failed; positions are in PostgreSQL", error=describe(error))
             return False
@@ -336,22 +335,15 @@ class KafkaConsumer:
 class _RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Hands rebalances to the worker.
 
-    held: the partitions that the member holds until it has drained them; kept here. The client logs and swallows exceptions, so the worker's callbacks raise none.
+    The client logs and swallows exceptions, so the worker's callbacks raise none.
     """
 
-    def __init__(self, held: set[Partition], on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
-        self._held = held
+    def __init__(self, on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
         self._on_revoked = on_revoked
         self._on_assigned = on_assigned
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        try:
-            await self._on_revoked({Partition(*partition) for partition in revoked})
-        finally:
-            self._held.clear()
+        await self._on_revoked({Partition(*partition) for partition in revoked})
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        partitions = {Partition(*partition) for partition in assigned}
-        self._held.clear()
-        self._held.update(partitions)
-        await self._on_assigned(partitions)
+        await self._on_assigned({Partition(*partition) for partition in assigned})
