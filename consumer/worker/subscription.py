@@ -62,6 +62,6 @@ class Subscription:
     def home(self) -> Partition | None:
         """Return the partition whose owner publishes what `app.publishing` stored.
 
-        None while there is no topic. Topics that come and go change it only where handlers name none.
+        With patterns, of the topics that exist; None while there is none.
         """
-        return home(self._selection.names or self._current)
+        return home(self._current)

@@ -72,10 +72,10 @@ def test_intake_has_a_home_as_soon_as_a_topic_exists() -> None:
     assert subscription.home() == Partition("payments.eu", 0)
     subscription.joined(["payments.us"])
     assert subscription.home() == Partition("payments.us", 0)
-    named = app_of("refunds")
-    fixed = Subscription(named, [shard_of(named)])
-    fixed.joined(["payments.aa"])
-    assert fixed.home() == Partition("payments.us", 0)  # the first that handlers name, whatever exists
+    named = app_of("absent")  # no worker would own a partition of it
+    subscription = Subscription(named, [shard_of(named)])
+    subscription.joined(["payments.us", "payments.eu"])
+    assert subscription.home() == Partition("payments.eu", 0)
 
 
 class Subscribed:
