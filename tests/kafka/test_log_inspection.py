@@ -17,6 +17,7 @@ from harness import (
     buffered,
     consume_all,
     counts,
+    delete_topic,
     drained,
     is_one_line,
     new_topic,
@@ -53,12 +54,7 @@ def gated_app(topic: str, gate: asyncio.Event) -> App:
 
 
 async def recreate_topic(place: Place, topic: str, partitions: int) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
-    await admin.start()
-    try:
-        await admin.delete_topics([topic])
-    finally:
-        await admin.close()
+    await delete_topic(place.kafka, topic)
     await new_topic(place.kafka, partitions, topic)
 
 

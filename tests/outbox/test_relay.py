@@ -13,8 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
-from harness import Place, Sent, consumer, drained, new_topic, query, until, value, working
+from harness import Place, Sent, consumer, delete_topic, drained, new_topic, query, until, value, working
 from outgoing import (
     all_published,
     check_published,
@@ -100,15 +99,6 @@ async def test_a_worker_that_wakes_up_late_only_repeats(place: Place, tmp_path: 
     assert sorted(record["n"] for record in values(await check_published(place, out))) == list(range(120))
 
 
-async def delete(kafka: str, topic: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    await admin.start()
-    try:
-        await admin.delete_topics([topic])
-    finally:
-        await admin.close()
-
-
 async def command(tmp_path: Path, place: Place, *arguments: str) -> Any:
     return await asyncio.to_thread(consumer, tmp_path, *arguments, CONSUMER_POSTGRES_DSN=place.worker_dsn)
 
@@ -183,7 +173,7 @@ async def test_a_deleted_topic_stops_its_streams_and_a_new_one_gets_the_rest(pla
         await place.send(topic, *[Sent({"n": n}, id=str(n), key="k") for n in range(3)])
         await drained(app, settings)
         await all_published(place)
-        await delete(place.kafka, out)
+        await delete_topic(place.kafka, out)
         await place.send(topic, *[Sent({"n": n}, id=str(n), key="k") for n in range(3, 6)])
         assert await stopped_reason(place, out) == "the topic does not exist"
         await all_published(place, other)

@@ -15,7 +15,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from aiokafka.admin.records_to_delete import RecordsToDelete
-from harness import Place, consume_all, migrated, new_topic, query
+from harness import Place, consume_all, delete_topic, migrated, new_topic, query
 from payments_app import QUICK, Payment, payment, payments_app
 from replay_runs import ledger_id, outcome_counts
 
@@ -305,10 +305,7 @@ async def change_the_id(place: Place, app: App, topic: str) -> App:
 
 
 async def recreate_topic(place: Place, app: App, topic: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
-    await admin.start()
-    await admin.delete_topics([topic])
-    await admin.close()
+    await delete_topic(place.kafka, topic)
 
     async def exists_again() -> bool:
         try:

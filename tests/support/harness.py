@@ -432,3 +432,12 @@ async def new_topic(kafka: str, partitions: int = 1, name: str | None = None, **
     finally:
         await admin.close()
     return topic
+
+
+async def delete_topic(kafka: str, topic: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        await admin.delete_topics([topic])
+    finally:
+        await admin.close()

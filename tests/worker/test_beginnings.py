@@ -13,9 +13,8 @@ from uuid import uuid4
 import asyncpg
 import confluent_kafka
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from app_commands import PATH, command, status
-from harness import Place, consume_all, drained, fetched, is_one_line, migrated, query, until, working
+from harness import Place, consume_all, delete_topic, drained, fetched, is_one_line, migrated, query, until, working
 from payments_app import lone_payment, payments_app
 from stored_state import effect_ids, positions
 from worker_log import WorkerLog
@@ -182,12 +181,7 @@ async def test_deleted_topic_is_a_problem_of_status(place: Place) -> None:
     app = payments_app(topic, balances=False)
     await place.send(topic, lone_payment("a"))
     await consume_all(app, place.settings())
-    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
-    await admin.start()
-    try:
-        await admin.delete_topics([topic])
-    finally:
-        await admin.close()
+    await delete_topic(place.kafka, topic)
 
     async def gone() -> bool:
         return bool((await status(place, app))[1]["missing_topics"])

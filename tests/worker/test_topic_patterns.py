@@ -16,13 +16,13 @@ from uuid import uuid4
 
 import documents
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
 from harness import (
     ROOT,
     Place,
     Result,
     consume_all,
     consumer,
+    delete_topic,
     drained,
     fetched,
     is_one_line,
@@ -58,15 +58,6 @@ async def command(place: Place, app: App, prefix: str, *arguments: str) -> Resul
     settings = place.settings(log_level="warning").dump()
     environment = place_of_names(prefix, app.name)
     return await asyncio.to_thread(consumer, ROOT / "tests" / "support", *arguments, **settings, **environment)
-
-
-async def delete(place: Place, topic: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
-    await admin.start()
-    try:
-        await admin.delete_topics([topic])
-    finally:
-        await admin.close()
 
 
 async def test_two_workers_share_a_new_topic(
@@ -116,7 +107,7 @@ async def test_two_workers_share_a_new_topic(
 
         await until("both workers to share all partitions", shared, 60)
         await settled(*before, "also q", "settle.us q")
-        await delete(place, topic)
+        await delete_topic(place.kafka, topic)
         [deleted] = {event["topic"] for event in await worker_log.wait("a topic was deleted", 2, 60)}
         assert deleted == topic
         await place.send(named, lone_payment("r"))
@@ -171,7 +162,7 @@ async def _added_handler(place: Place, prefix: str, app: App, topic: str) -> Non
     assert filled.returncode == 0, filled.stdout + filled.stderr
     shown = await command(place, app, prefix, "status", path, "--json")
     assert shown.returncode == 0, shown.stdout
-    await delete(place, topic)
+    await delete_topic(place.kafka, topic)
 
     async def reported() -> bool:
         answer = json.loads((await command(place, app, prefix, "status", path, "--json")).stdout)
