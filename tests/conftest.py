@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ import pytest
 from harness import Place, execute, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
-from postgres_in_memory import PostgresInMemory
+from memory import put_temporary_files_in_memory
 from services import Kafka
 from shop_browser import Browser
 from worker_log import WorkerLog
@@ -32,6 +33,8 @@ from consumer.local_servers import Postgres, Valkey
 # Bytecode is kept even where the environment says no: each of the processes of the tests would compile every module.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+_IN_MEMORY = put_temporary_files_in_memory()
 
 # Where SIGINT is ignored (`make test &` in a script), children would ignore it too, and tests could press no Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -78,6 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (places.get(item.path, len(places)), -tests[item.path]))
 
 
+def pytest_unconfigure() -> None:
+    if _IN_MEMORY is not None:
+        shutil.rmtree(_IN_MEMORY, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def _levels_of_loggers() -> Iterator[None]:
     """Restore the levels of loggers after each test."""
@@ -98,7 +106,7 @@ def kafka() -> Iterator[Kafka]:
 def postgres() -> Iterator[Postgres]:
     # Processes are killed here, machines are not: without fsync the same guarantees hold, and the disk is left alone.
     # Tests connect thousands of times: a login is hashed once, not 4,096 times on both sides.
-    with PostgresInMemory({"fsync": "off", "scram_iterations": "1"}) as server:
+    with Postgres({"fsync": "off", "scram_iterations": "1"}) as server:
         user = urlsplit(server.dsn())
         asyncio.run(execute(server.dsn(), f"alter role {user.username} password '{user.password}'"))
         yield server

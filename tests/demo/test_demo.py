@@ -21,6 +21,7 @@ import pytest
 
 from consumer.demo.plan import DUPLICATES_PERCENT, plan
 from consumer.demo.result import DemoResult
+from consumer.local_servers import Postgres
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def place() -> Iterator[Path]:
 
     That user cannot reach pytest's directories.
     """
-    with TemporaryDirectory(dir="/tmp") as name:
+    with TemporaryDirectory(dir=Postgres().place()) as name:
         directory = Path(name)
         directory.chmod(0o755)
         yield directory

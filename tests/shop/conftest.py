@@ -14,11 +14,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from shop_process import Script, Shop, soon
 
+from consumer.local_servers import Postgres
+
 
 @pytest.fixture(scope="session")
 def shop() -> Iterator[Shop]:
     # A directory that PostgreSQL's own user can reach, as those of pytest are not.
-    with TemporaryDirectory(dir="/tmp") as name:
+    with TemporaryDirectory(dir=Postgres().place()) as name:
         place = Path(name)
         place.chmod(0o755)
         started_shop = Shop(TMPDIR=name)
