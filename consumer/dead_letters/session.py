@@ -85,6 +85,7 @@ class DeadLetterSession(Session):
     """
 
     owns_positions = False  # nor the saved attempts: those of a dead letter are in its own row
+    claims_first = False
     operator: str = ""
     why: str = ""  # given by the operator for all of them
     may_be_applied: bool = False  # the operator has said to run dead letters whose messages may have been applied

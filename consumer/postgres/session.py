@@ -62,6 +62,8 @@ class Session:
 
     # A retry of dead letters or a replay settles messages too, and leaves positions and attempts to the workers.
     owns_positions: ClassVar[bool] = True
+    # Whether a claim is the first statement of its transaction; a retry of dead letters locks and revives before.
+    claims_first: ClassVar[bool] = True
 
     def __init__(self, connection: Any, settings: Settings, identity: ServerIdentity, installation: str = "") -> None:
         self.connection = connection
@@ -77,7 +79,7 @@ class Session:
             connection,
             lambda: self.begin(),
             settings.ledger_clock_skew_hours,
-            is_first=self.owns_positions,  # a retry of dead letters locks and revives before
+            is_first=self.claims_first,
         )
         limits = session_settings(settings) if settings.postgres_pooler else {}
         # A pooler shares the server's session, so each transaction sets its own limits, and nothing outlives it.

@@ -234,6 +234,19 @@ async def test_claim_of_an_open_transaction_is_waited_for_by_a_plain_one(claims:
     await watcher.close()
 
 
+async def test_violation_of_an_index_of_somebody_else_is_no_known_id(claims: Claimants, database: str) -> None:
+    session = await expecting_session(claims)
+    owner = await asyncpg.connect(database)
+    await owner.execute("delete from consumer.ledger")
+    await owner.execute('create unique index of_somebody_else on consumer.ledger ("offset")')
+    await owner.close()
+    assert await claims.commit(session, claims.deliveries([uuid4()])) == {}
+    with pytest.raises(asyncpg.UniqueViolationError, match="of_somebody_else"):
+        await claims.commit(session, claims.deliveries([uuid4()]))
+    await session.rollback()
+    assert await session.connection.fetchval("select count(*) from consumer.ledger") == 1
+
+
 async def test_claim_that_expects_new_ids_sees_every_generation(claims: Claimants, database: str) -> None:
     """Meanwhile an id may be claimed in two places.
 
