@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from connections import keeping_connections
 from harness import Place, execute, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -144,7 +145,8 @@ async def _database(postgres: Postgres, options: str = "") -> AsyncIterator[str]
     server = await asyncpg.connect(postgres.dsn())
     try:
         await server.execute(f"create database {name} {options}")
-        yield postgres.dsn(name)
+        async with keeping_connections(postgres.dsn(name)):
+            yield postgres.dsn(name)
         await server.execute(f"drop database if exists {name} with (force)")
     finally:
         await server.close()

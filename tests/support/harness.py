@@ -22,6 +22,7 @@ import asyncpg
 import prefork
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from connections import connection
 
 from consumer import App, Settings
 from consumer.admin.counts import handler_counts
@@ -92,20 +93,14 @@ async def migrated(dsn: str, tables: str = TABLES) -> None:
 
 async def query(dsn: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
     """Rows of a query, as tuples."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        return [tuple(row) for row in await connection.fetch(sql, *args)]
-    finally:
-        await connection.close()
+    async with connection(dsn) as database:
+        return [tuple(row) for row in await database.fetch(sql, *args)]
 
 
 async def execute(dsn: str, script: str) -> None:
     """Run several statements, which take no arguments."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(script)
-    finally:
-        await connection.close()
+    async with connection(dsn) as database:
+        await database.execute(script)
 
 
 async def value(dsn: str, sql: str, *args: Any) -> Any:
@@ -201,14 +196,14 @@ async def drained(app: App, settings: Settings, seconds: float = 30, *, open_tra
     """
     source = KafkaConsumer(settings, None)
     await source.start(10)
+    database: Any = None
     try:
 
         async def no_lag() -> bool:
-            connection = await asyncpg.connect(settings.dsn, statement_cache_size=0)  # it may be a pooler
-            try:
-                lags, missing = await partition_lags(connection, source, app)
-            finally:
-                await connection.close()
+            nonlocal database
+            if database is None or database.is_closed():
+                database = await asyncpg.connect(settings.dsn, statement_cache_size=0)  # it may be a pooler
+            lags, missing = await partition_lags(database, source, app)
             if missing or any(lag["lag"] != 0 for lag in lags):
                 return False
             if open_transaction:
@@ -219,6 +214,8 @@ async def drained(app: App, settings: Settings, seconds: float = 30, *, open_tra
 
         await until("no lag", no_lag, seconds)
     finally:
+        if database is not None:
+            await database.close()
         await source.stop(5)
 
 
@@ -230,20 +227,14 @@ async def consume_all(app: App, settings: Settings, seconds: float = 30, **optio
 
 async def counts(app: App, dsn: str) -> dict[str, dict[str, Any]]:
     """As `consumer status` counts."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await handler_counts(connection, app)
-    finally:
-        await connection.close()
+    async with connection(dsn) as database:
+        return await handler_counts(database, app)
 
 
 async def letters(dsn: str) -> list[dict[str, Any]]:
     """The dead letters, oldest first."""
-    connection = await asyncpg.connect(dsn)
-    try:
-        return (await dead_letters(connection, None, None, None, None, 1000))[::-1]
-    finally:
-        await connection.close()
+    async with connection(dsn) as database:
+        return (await dead_letters(database, None, None, None, None, 1000))[::-1]
 
 
 class Place:
