@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
 
 from application import INSERT, UPDATE, Payment, decode, register, write_unnest  # noqa: E402
-from harness import migrated, new_topic, running, settings_for  # noqa: E402
+from harness import migrated, new_topic, running_program, settings_for  # noqa: E402
 from services import Kafka  # noqa: E402
 
 from consumer import App, Settings  # noqa: E402
@@ -370,7 +370,7 @@ class Bench:
     ) -> AsyncIterator[Any]:
         with TemporaryDirectory() as directory:
             arguments = ["run", "application:app", "--workers", str(workers)]
-            async with running(
+            async with running_program(
                 arguments,
                 settings,
                 Path(directory),

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, is_dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import SecretStr
 
 from consumer import logs
 from consumer.cli.help_text import Command, heading_of, metavar_of
-from consumer.cli.output import fail
 from consumer.cli.signals import Interrupted, signal_handlers_kept, until_signal
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.kafka.errors import KafkaError
@@ -144,24 +143,30 @@ def _errors_as_lines(name: str) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        fail(str(stopped), stopped.code)
+        _fail(str(stopped), stopped.code)
     except typer.Exit:
         raise
     except Refused as refused:
-        fail(str(refused), 1)
+        _fail(str(refused), 1)
     except ConsumerError as error:
-        fail(str(error), 2)
+        _fail(str(error), 2)
     except (KafkaError, TimeoutError) as error:
-        fail(f"Kafka: {str(error) or type(error).__name__}", 2)
+        _fail(f"Kafka: {str(error) or type(error).__name__}", 2)
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted", 130)
+        _fail("interrupted", 130)
     except asyncio.CancelledError:
-        fail("terminated", 143)
+        _fail("terminated", 143)
     except BrokenPipeError:
         raise typer.Exit(1) from None
     except Exception as error:
         # An unexpected error: its text may quote secrets, so only its type and place are printed.
-        fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
+        _fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    from consumer.cli.output import fail  # only now: rich takes 40 ms
+
+    fail(text, code)
 
 
 _NAMES = {  # of parameters that are not named like their flag

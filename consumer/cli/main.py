@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -74,21 +72,17 @@ def _with(modules: Sequence[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command that the arguments name."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed by the parent process: the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - open until the process ends
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     interrupts.end_at_once()
     command = only(sys.argv[1] if len(sys.argv) > 1 else "")
     gc.freeze()  # modules stay: to look for garbage in them, at the end once more, takes a fifth of a short command
+    gc.enable()
     command(prog_name="consumer")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata  # slow
+
         print(importlib.metadata.version("idempotent-consumer"))
         raise typer.Exit(0)
 

@@ -1,13 +1,14 @@
 """Internal entry point of a worker process; use `consumer run`.
 
-The supervisor starts it and holds two pipes: orders come in on standard input ("begin", then "drain", or its end, when
-the supervisor has died), and reports go out as JSON lines on a descriptor of their own. Settings come through the
-environment, and secrets of files as their paths, so that no secret is in a list of processes.
+The supervisor starts it and holds two pipes: on standard input come the assignment (worker/interpreter.py) and orders
+("begin", then "drain", or its end, when the supervisor has died), and reports go out as JSON lines on a descriptor of
+their own. Settings are in the assignment, and secrets of files as their paths.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.event_loop import run
 from consumer.worker.health import Stalled
+from consumer.worker.interpreter import read_assignment
 from consumer.worker.report_pipe import ReportPipe
 from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN, EXIT_STALLED
 from consumer.worker.worker import Worker
@@ -32,10 +34,14 @@ _SECOND_SIGNAL_SECONDS = 0.5  # sooner, it is the same order from the terminal a
 
 
 def main() -> None:
-    """Entry of `python -m consumer.worker.process APP FD`."""
-    path, descriptor = sys.argv[1], int(sys.argv[2])
+    """Run a worker; the argument is the descriptor for its reports."""
+    descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)  # child processes of the application must not hold the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
+    gc.enable()
+    path = read_assignment()
+    if path is None:
+        os._exit(0)  # the command had an error, or was interrupted
     try:
         settings = load()
         logs.configure(settings.log_level, settings.log_format, config=settings.log_config)

@@ -14,21 +14,19 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, assert_never
 
 from consumer.kafka.admin import leave_group
 from consumer.logs import describe, event
 from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
+from consumer.worker import interpreter
 from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts, reason_of
 
-_ROOT = str(Path(__file__).resolve().parent.parent.parent)
 _LEAVE_SECONDS = 5.0
 _AFTER_GRACE_SECONDS = 2.0
 _LAST_REPORTS_SECONDS = 1.0  # to read a dead worker's last reports
@@ -47,6 +45,7 @@ class _Child:
     slot: int
     number: int
     process: subprocess.Popen[bytes]
+    orders: asyncio.WriteTransport
     started_at: float
     beat_at: float
     ended: asyncio.Future[int]
@@ -172,31 +171,14 @@ class Supervisor:
                     assert_never(decision)
 
     async def _start(self, slot: int) -> _Child:
-        reports, report_to = os.pipe()
-        try:
-            # Not asyncio's: that waits until the pipes are closed, and children of the worker may hold them.
-            process = subprocess.Popen(  # noqa: ASYNC220 - our own interpreter; starting does not block
-                [
-                    sys.executable,
-                    "-P",  # do not import a logging.py of the current directory
-                    "-c",
-                    f"import sys; sys.path.append({_ROOT!r}); from consumer.worker.process import main; main()",
-                    self._path,
-                    str(report_to),
-                ],
-                stdin=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(report_to,),
-                process_group=0,  # its own, so that its children can be killed with it
-                env=self._settings.child_environment() | {"CONSUMER_WORKER": str(slot)},
-            )
-        finally:
-            os.close(report_to)
+        process, reports = interpreter.taken_early() or interpreter.start()
+        environment = self._settings.child_environment() | {"CONSUMER_WORKER": str(slot)}
         assert process.stdin is not None
-        os.set_blocking(process.stdin.fileno(), False)
+        orders, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, process.stdin)
+        orders.write(interpreter.assignment(self._path, environment))
         now = time.monotonic()
         number = self._fleet.started(slot, process.pid)
-        child = self._children[slot] = _Child(slot, number, process, now, now, _when_ended(process))
+        child = self._children[slot] = _Child(slot, number, process, orders, now, now, _when_ended(process))
         child.readers.append(asyncio.create_task(self._listen(child, reports)))
         return child
 
@@ -206,9 +188,8 @@ class Supervisor:
         event(logging.INFO, "worker process started", worker=child.slot, worker_pid=child.process.pid)
 
     def _order(self, child: _Child, order: bytes) -> None:
-        if child.process.stdin is not None:
-            with suppress(OSError):  # it is dead, or does not read its pipe
-                child.process.stdin.write(order)
+        if not child.orders.is_closing():  # it is dead
+            child.orders.write(order)
 
     async def _listen(self, child: _Child, descriptor: int) -> None:
         reader = asyncio.StreamReader(_REPORT_BYTES_MAX)
@@ -282,9 +263,7 @@ class Supervisor:
 
         A process that the worker has forked may still hold them.
         """
-        if child.process.stdin is not None:
-            with suppress(OSError):
-                child.process.stdin.close()
+        child.orders.abort()
         if child.readers:
             await asyncio.wait(child.readers, timeout=_LAST_REPORTS_SECONDS)
         for reader in child.readers:
