@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from struct import Struct
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 from uuid import UUID
 
 from consumer.core.errors import RegistrationError, Unreadable
@@ -37,7 +37,7 @@ _signed = Struct(">q").unpack
 class HeaderId:
     """The id is a header's value; without it the message is dead."""
 
-    name: str
+    header: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,21 @@ class DefaultId:
     An offset does not recognize a message that is sent twice.
     """
 
+    header: ClassVar[str] = "message-id"
+
 
 @dataclass(frozen=True, slots=True)
 class OffsetId:
     """The id is the message's offset, by choice."""
+
+    header: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
 class FieldId:
     """The id is a field of the decoded value."""
 
+    header: ClassVar[None] = None
     path: tuple[str, ...]
 
 
@@ -64,6 +69,7 @@ class FieldId:
 class CallableId:
     """The id is what a function of the decoded value returns."""
 
+    header: ClassVar[None] = None
     function: Callable[[Any], object]
 
 
@@ -118,16 +124,15 @@ def message_id(raw: bytes) -> bytes:
     between spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
     """
     length = len(raw)
-    if length >= 32 or length == 16:
-        if length == 36 and raw[8:24:5] == b"----":
-            digits = raw.replace(b"-", b"")
-            if len(digits) == 32:  # the dashes are in their places, and there are no others
-                try:
-                    return unhexlify(digits)
-                except ValueError:
-                    pass  # not a UUID
-        if (uuid := _uuid_of(raw)) is not None:
-            return uuid
+    if length == 36 and raw[8:24:5] == b"----":
+        try:
+            id = unhexlify(raw.replace(b"-", b""))
+        except ValueError:
+            id = b""  # not a UUID
+        if len(id) == 16:  # the dashes are in their places, and there are no others
+            return id
+    if (length >= 32 or length == 16) and (uuid := _uuid_of(raw)) is not None:
+        return uuid
     if 58 in raw and _OFFSET_TEXT.fullmatch(raw):  # ":", six times as fast to find as a number
         return own_id(b"declared", raw)  # the plain hash of such a text is the id of an offset
     return blake2b(raw, digest_size=16).digest()
@@ -215,8 +220,7 @@ def fingerprint(value: bytes | None) -> int:
         return NO_VALUE_FINGERPRINT
     digest = _fingerprint.copy()
     digest.update(value)
-    number: int = _signed(digest.digest())[0]
-    return number
+    return _signed(digest.digest())[0]  # type: ignore[no-any-return]
 
 
 def from_headers(record: Record, name: str) -> bytes | None:

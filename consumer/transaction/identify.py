@@ -48,16 +48,22 @@ def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] 
     topics_without_ids: set[str] = set()
     record = None
     record_fingerprint = 0
+    is_usual = False
     for delivery in deliveries:
         handler = delivery.handler
         if delivery.record is not record:
             record = delivery.record
             record_fingerprint = fingerprint(record.value)
+            is_usual = record.value is not None and not (isinstance(record, LogRecord) and record.fault)
         delivery.fingerprint = record_fingerprint
         try:
-            delivery.id, by_offset = id_of(delivery, handler, logs)
-            if by_offset:
-                topics_without_ids.add(record.topic)
+            header = handler.rule.header
+            id = from_headers(record, header) if is_usual and header is not None else None
+            if id is None:
+                id, by_offset = _id_of(delivery, handler, logs)
+                if by_offset:
+                    topics_without_ids.add(record.topic)
+            delivery.id = id
             if handler.fingerprint is not BYTES and handler.idempotent:
                 delivery.fingerprint = fingerprint_of(delivery)
         except Unreadable as error:
@@ -73,10 +79,10 @@ def _offset_id(delivery: Delivery, logs: Mapping[Partition, Position]) -> bytes:
     return offset_id(delivery.record, position.salt if position is not None else None)
 
 
-def id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Position]) -> tuple[bytes, bool]:
+def _id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Position]) -> tuple[bytes, bool]:
     """Return the id, and whether it is only the offset's.
 
-    Raises Unreadable.
+    For any message; one with its id in a header needs less. Raises Unreadable.
     """
     record = delivery.record
     id: bytes | None

@@ -210,7 +210,8 @@ def m7_trust_redis() -> None:
 
 def m8_offset_as_id() -> None:
     """What was produced twice has two offsets, and so two ids."""
-    replace(identify, "id_of", lambda delivery, *_: (offset_id(delivery.record), False))
+    replace(identify, "from_headers", lambda record, _: offset_id(record))
+    replace(identify, "_id_of", lambda delivery, *_: (offset_id(delivery.record), False))
 
 
 def m9_commit_past_a_failure() -> None:
