@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--ledger-rows", type=int, default=5_000_000, help="rows of the full ledger (default: 5 million)"
     )
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of an open loop (default: 15)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of an open loop (default: 20)")
     parser.add_argument("--write", action="store_true", help=f"put the result into {PAGE.relative_to(Path(ROOT))}")
     given = parser.parse_args()
     names = (
