@@ -40,9 +40,7 @@ async def noted(directory: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None], ids=str)
-async def test_no_interpreter_is_left_when_the_command_ends_early(
-    tmp_path: Path, ended_by: signal.Signals | None
-) -> None:
+async def test_interpreter_ends_with_the_command(tmp_path: Path, ended_by: signal.Signals | None) -> None:
     (tmp_path / "x.py").write_text(NOTE + ("time.sleep(600)" if ended_by else "raise OSError('away')"))
     process = subprocess.Popen(
         [sys.executable, "-m", "consumer", "run", "x:app", "--postgres-dsn", "postgresql://127.0.0.1:1/x"],
