@@ -6,6 +6,7 @@ The services listen on free ports.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -85,6 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_unconfigure() -> None:
     if _IN_MEMORY is not None:
         shutil.rmtree(_IN_MEMORY, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
