@@ -123,7 +123,9 @@ class Settings(BaseModel):
     )
 
     workers: Annotated[int, Field(ge=1, le=256)] = Field(1, description="worker processes, 1 to 256")
-    lanes: Annotated[int, Field(ge=1, le=16)] = Field(2, description="PostgreSQL connections, and batches, at a time")
+    lanes_max: Annotated[int, Field(ge=1, le=16)] = Field(
+        4, description="most batches of a worker at a time, each on a PostgreSQL connection of its own"
+    )
     batch_messages_max: Count = Field(2000, description="most messages in one transaction")
     batch_bytes_max: Count = Field(4 << 20, description="most payload bytes in one transaction")
     buffer_messages_max: Count = Field(20_000, description="most messages fetched and not yet settled")

@@ -12,7 +12,7 @@ from consumer.cli.framework import AsJson
 from consumer.core.errors import Misconfigured
 
 RANGE, ANSWER = "Range", "Answer"
-SETTINGS = ("kafka_", "postgres_", "allow_insecure", "redis_", "precheck_window", "schema_registry_", "lanes", "batch_messages", "parked_", "wait_", "log_")  # fmt: skip
+SETTINGS = ("kafka_", "postgres_", "allow_insecure", "redis_", "precheck_window", "schema_registry_", "lanes_max", "batch_messages", "parked_", "wait_", "log_")  # fmt: skip
 
 Topics = Annotated[
     list[str], typer.Argument(metavar="TOPIC...", help="topics that the App has handlers of", show_default=False)

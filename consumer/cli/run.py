@@ -47,7 +47,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "tracing",
         "dead_letter_",
         "workers",
-        "lanes",
+        "lanes_max",
         "batch_",
         "buffer_",
         "parked_",

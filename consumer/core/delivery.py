@@ -123,8 +123,8 @@ class PositionUpdate(NamedTuple):
 class Batch:
     """Deliveries to settle in one transaction.
 
-    ends: the frontier of each partition once they are settled. partition_epochs: the epoch of each partition when they
-    were taken; a partition that was revoked or assigned again since is not changed by them.
+    ends: the frontier of each partition once they are settled. partition_epochs: the epoch of each partition of these, at
+    least, when they were taken; a partition that was revoked or assigned again since is not changed by them.
     """
 
     deliveries: list[Delivery]

@@ -1,8 +1,9 @@
 """Which messages run next, and up to where everything is settled.
 
-Decides on partitions, offsets, keys and times as numbers. A Scheduler serves some partitions with one connection, one
-batch at a time. It keeps three invariants:
+Decides on partitions, offsets, keys and times as numbers. A Scheduler serves the partitions of one database, with one or
+more batches at a time. It keeps four invariants:
 
+- **one batch at a time of a partition**: nothing is taken of a partition between `begin` and `finish` of a batch of it.
 - **order**: two messages of one ordering key (a key of one handler, or its partition) never run in the wrong order. A message
   whose attempt failed is *delayed*; later ones of its key queue behind it; all others go on.
 - **position**: the position of a partition never passes a message that some handler has not settled.
@@ -64,7 +65,7 @@ class _PartitionQueue:
 
 
 class Scheduler:
-    """Partitions that share a connection: add records, take a batch, settle it."""
+    """The partitions of a database: add records, take a batch, settle it."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class Scheduler:
         self._due: dict[Hashable, float] = {}  # key -> time of the next attempt
         self._last_epoch = 0
         self.paused: frozenset[Partition] = frozenset()  # nothing is taken of these, whether assigned or not
+        self.in_flight: set[Partition] = set()  # those of the batches that are being settled: nor of these
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
@@ -167,6 +169,11 @@ class Scheduler:
         queue.fetched_bytes += size
         return len(records), size
 
+    def has_fetched(self, partition: Partition) -> bool:
+        """Whether records of a partition wait to be taken."""
+        queue = self._queues.get(partition)
+        return queue is not None and bool(queue.fetched)
+
     @property
     def fetched(self) -> tuple[int, int]:
         """Messages and bytes that wait to be taken."""
@@ -230,28 +237,54 @@ class Scheduler:
         )
         return first(now, messages_max, bytes_max) or second(now, messages_max, bytes_max)
 
+    def begin(self, batch: Batch) -> None:
+        """Take nothing of the batch's partitions until `finish`.
+
+        For callers that settle several batches at a time.
+        """
+        self.in_flight.update(batch.partition_epochs)
+
+    def finish(self, batch: Batch) -> None:
+        """Take from the batch's partitions again, whether it was settled or not."""
+        self.in_flight.difference_update(batch.partition_epochs)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether fetched messages of partitions that are not in flight wait."""
+        closed = self._closed()
+        return any(
+            queue.fetched and not queue.full and partition not in closed for partition, queue in self._queues.items()
+        )
+
+    def _closed(self) -> frozenset[Partition]:
+        """Return the partitions of which nothing is taken now."""
+        return self.paused.union(self.in_flight) if self.in_flight else self.paused
+
     def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         retries: list[Delivery] = []
+        closed = self._closed()
         for key, due in self._due.items():
             if (
                 due <= now
                 and bytes_max > 0
                 and len(retries) < messages_max
-                and not (self.paused and self._is_paused(key))
+                and not (closed and self._delayed[key][0].partition in closed)
             ):
                 retries.append(self._delayed[key][0])
                 bytes_max -= size_of(retries[-1].record)
-        return Batch(retries, {}, self._epochs()) if retries else None
+        return Batch(retries, {}, self._epochs_of(retries)) if retries else None
 
     def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
-        deliveries = self._take_ready(messages_max)
+        closed = self._closed()
+        deliveries = self._take_ready(messages_max, closed)
         freed = len(deliveries)
+        epochs = self._epochs_of(deliveries)
         is_taken = freed > 0
         ends: dict[Partition, int] = {}
         segments: list[tuple[Partition, int, int]] = []
         bytes_share = self._bytes_share()
         for partition, queue in self._queues.items():
-            if queue.full or (self.paused and partition in self.paused):
+            if queue.full or (closed and partition in closed):
                 continue
             begin = len(deliveries)
             handlers = self._handlers.get(partition.topic, ())
@@ -271,20 +304,18 @@ class Scheduler:
         if len(ends) and len(self._queues) > 1:
             first = next(iter(self._queues))
             self._queues[first] = self._queues.pop(first)
-        return Batch(_in_log_order(deliveries, freed, segments), ends, self._epochs()) if deliveries or ends else None
+        epochs.update((partition, self._queues[partition].epoch) for partition in ends)
+        return Batch(_in_log_order(deliveries, freed, segments), ends, epochs) if deliveries or ends else None
 
-    def _take_ready(self, messages_max: int) -> list[Delivery]:
+    def _take_ready(self, messages_max: int, closed: frozenset[Partition]) -> list[Delivery]:
         """Take messages that were behind a failed one, and are free now."""
         taken: list[Delivery] = []
-        paused: list[Delivery] = []
+        left: list[Delivery] = []
         while self._ready and len(taken) < messages_max:
             delivery = self._ready.popleft()
-            (paused if self.paused and delivery.partition in self.paused else taken).append(delivery)
-        self._ready.extendleft(reversed(paused))
+            (left if closed and delivery.partition in closed else taken).append(delivery)
+        self._ready.extendleft(reversed(left))
         return taken
-
-    def _is_paused(self, key: Hashable) -> bool:
-        return self._delayed[key][0].partition in self.paused
 
     def _take_fetched(
         self,
@@ -360,6 +391,11 @@ class Scheduler:
         free = [delivery for delivery in deliveries if not (self._delayed and self._queue_behind(delivery))]
         return Batch(free, {}, self._epochs())
 
+    def _epochs_of(self, deliveries: Iterable[Delivery]) -> dict[Partition, int]:
+        return {
+            partition: self._queues[partition].epoch for partition in {delivery.partition for delivery in deliveries}
+        }
+
     def _epochs(self) -> dict[Partition, int]:
         return {partition: queue.epoch for partition, queue in self._queues.items()}
 
@@ -427,10 +463,12 @@ class Scheduler:
             queue.unsettled[delivery.record.offset] = queue.unsettled.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
-        """Return when the earliest retry is due; paused partitions have none."""
-        if not self.paused:
+        """Return when the earliest retry is due that may be taken now."""
+        closed = self._closed() if self._due else frozenset()
+        if not closed:
             return min(self._due.values(), default=None)
-        return min((due for key, due in self._due.items() if not self._is_paused(key)), default=None)
+        open_keys = (key for key in self._due if self._delayed[key][0].partition not in closed)
+        return min((self._due[key] for key in open_keys), default=None)
 
     # -- and are settled --------------------------------------------------------------------------------------------
 

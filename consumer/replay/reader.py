@@ -51,7 +51,7 @@ class Reader:
         by_topic = run.app.by_topic()
         run.lanes = [
             ReplayLane(AskingScheduler(by_topic, run.settings.parked_messages_max), asyncio.Queue(2))
-            for _ in range(max(1, min(run.settings.lanes, len(spans))))
+            for _ in range(max(1, min(run.settings.lanes_max, len(spans))))
         ]
         sessions = await asyncio.gather(*[run.primary.open() for _ in run.lanes])
         for lane, session in zip(run.lanes, sessions, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 from consumer.app import App
 from consumer.core.evidence import Evidence
+from consumer.core.handler import Handler
 from consumer.core.ordering import Scheduler
 from consumer.core.shard_route import Router
 from consumer.kafka.consumer import KafkaConsumer
@@ -50,27 +51,28 @@ from consumer.worker.worker_gauges import WorkerState
 
 
 def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shard]:
-    return [
-        Shard(name, own, LedgerIds(app.name, {}, table.positions(name)), app.connection_init)
-        for name, own in shard_registry.settings_of(app, settings).items()
-    ]
+    settings_by_name = shard_registry.settings_of(app, settings)
+    # With several shards a poll may hold nothing for a shard but the end offset: not worth a transaction each time.
+    idle_batch_seconds = settings.kafka_commit_interval_seconds if len(settings_by_name) > 1 else 0.0
+    shards: list[Shard] = []
+    for name, own in settings_by_name.items():
+        by_topic: dict[str, list[Handler]] = {}
+        scheduler = Scheduler(
+            by_topic, settings.parked_messages_max, settings.buffer_bytes_max, idle_batch_interval=idle_batch_seconds
+        )
+        ids = LedgerIds(app.name, {}, table.positions(name))
+        shards.append(Shard(name, own, ids, scheduler, app.connection_init, by_topic))
+    return shards
 
 
-def _lanes_of(app: App, settings: Settings, shards: list[Shard], recorder: Recorder | None) -> list[LaneState]:
-    # With several shards a poll may hold nothing for a lane but the end offset: not worth a transaction each time.
-    idle_batch_seconds = settings.kafka_commit_interval_seconds if len(shards) > 1 else 0.0
+def _add_lanes(app: App, settings: Settings, shards: list[Shard], recorder: Recorder | None) -> None:
     seconds_max = limits(app.handlers.values(), settings)
-    lanes: list[LaneState] = []
     for shard in shards:
-        for _ in range(settings.lanes):
-            scheduler = Scheduler(
-                shard.by_topic,
-                settings.parked_messages_max,
-                settings.buffer_bytes_max // settings.lanes,
-                idle_batch_interval=idle_batch_seconds,
-            )
-            lanes.append(LaneState(len(lanes), shard, scheduler, CallTracker(seconds_max, recorder), Turns()))
-    return lanes
+        shard.lanes += [
+            LaneState(number, shard, CallTracker(seconds_max, recorder), Turns())
+            for number in range(settings.lanes_max)
+        ]
+        shard.starts.connect(shard.lanes)
 
 
 class Parts:
@@ -99,12 +101,12 @@ class Parts:
         self.shards = _shards_of(app, settings, table)
         self.subscription = Subscription(app, self.shards, self._begin_metrics)
         self.recorder = Recorder() if counts_metrics(settings) else None
-        self.lanes = _lanes_of(app, settings, self.shards, self.recorder)
+        _add_lanes(app, settings, self.shards, self.recorder)
+        self.lanes = [lane for shard in self.shards for lane in shard.lanes]
         self._reporters = {
-            shard.name: Reporter(self._evidence, self.message_log, [lane for lane in self.lanes if lane.shard is shard])
-            for shard in self.shards
+            shard.name: Reporter(self._evidence, self.message_log, shard.scheduler) for shard in self.shards
         }
-        self.partitions = Partitions(table, self.source, self.shards, self.lanes, self._reporters, settings)
+        self.partitions = Partitions(table, self.source, self.shards, self._reporters, settings)
         self.connections = Connections(
             self.partitions, self.lifetime, self.message_log, random, is_pooled=settings.postgres_pooler
         )
@@ -112,7 +114,7 @@ class Parts:
         self._shard_check = ShardCheck(app, self.router, self.shards, table, self.connections, self.lifetime)
         self._add_record_flow(report, path)
         self.metrics_report = self._metrics_report(report)
-        self._add_lanes()
+        self._add_lane_runners()
         self.health = HealthMonitor(
             settings,
             self.source,
@@ -128,9 +130,7 @@ class Parts:
     def _metrics_report(self, report: Report) -> MetricsReport | None:
         if self.recorder is None:
             return None
-        worker = WorkerState(
-            self.source, self.shards, self.lanes, self.partitions, self.connections, self._kafka, self.relays
-        )
+        worker = WorkerState(self.source, self.shards, self.partitions, self.connections, self._kafka, self.relays)
         return MetricsReport(self.recorder, self._app.handlers.values(), worker, report)
 
     def _begin_metrics(self) -> None:
@@ -182,7 +182,7 @@ class Parts:
         self.source.on_unreadable = halts.cannot_be_read
         self.source.on_end_reached = halts.nothing_new
         self._fetcher = Fetcher(
-            self.source, self.partitions, halts, self.router, self._kafka, self.lifetime, self._on_step
+            self.source, self.shards, self.partitions, halts, self.router, self._kafka, self.lifetime, self._on_step
         )
         self._commits = OffsetCommits(
             app.name,
@@ -218,7 +218,7 @@ class Parts:
         self._log_monitor = LogMonitor(
             self.subscription,
             self.source,
-            self.lanes,
+            self.shards,
             self.partitions,
             halts,
             group_check,
@@ -227,7 +227,7 @@ class Parts:
             settings.kafka_transaction_warning_seconds,
         )
 
-    def _add_lanes(self) -> None:
+    def _add_lane_runners(self) -> None:
         dead_letter_rate = DeadLetterRateLimit(self._settings.dead_letter_limit)
         self._results = BatchResults(
             self.partitions.table,

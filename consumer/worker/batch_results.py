@@ -61,7 +61,7 @@ class BatchResults:
         """Record what a part of a batch has settled."""
         if result.published and (relay := self._relays.get(lane.shard.name)) is not None:
             relay.committed(session.epoch, result.published)
-        complete(lane.scheduler, part, result, time.monotonic())
+        complete(lane.shard.scheduler, part, result, time.monotonic())
         if self._metrics is not None:
             self._metrics.settled(lane.shard.name, part, result, time.time())
         self._count(result)

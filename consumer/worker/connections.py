@@ -138,7 +138,7 @@ class Connections:
             logging.WARNING,
             "postgresql has too few connections: lanes and workers take turns",
             (shard.name,),
-            {"do": "raise max_connections, or lower CONSUMER_LANES or --workers", **shard.label},
+            {"do": "raise max_connections, or lower CONSUMER_LANES_MAX or --workers", **shard.label},
         )
         shard.crowded_until = time.monotonic() + connection_shortage.SECONDS
 

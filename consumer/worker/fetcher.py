@@ -1,6 +1,6 @@
-"""Fetches records and gives each to the lane of its shard.
+"""Fetches records and gives each to the scheduler of its shard.
 
-It fetches only while some lane has room.
+It fetches only what some shard has room for.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from consumer.worker.halts import Halts
 from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.partitions import Partitions
+from consumer.worker.shard import Shard
 
 POLL_SECONDS = 0.5
-_POLL_PAUSED_SECONDS = 0.02  # while a lane is full, and may have room again soon
+_POLL_PAUSED_SECONDS = 0.02  # while a partition waits for room, and may have it soon
 
 
 class Fetcher:
@@ -29,6 +30,7 @@ class Fetcher:
     def __init__(
         self,
         source: KafkaConsumer,
+        shards: Sequence[Shard],
         partitions: Partitions,
         halts: Halts,
         router: Router,
@@ -37,6 +39,7 @@ class Fetcher:
         on_step: Callable[[str], None],
     ) -> None:
         self._source = source
+        self._shards = shards
         self._partitions = partitions
         self._table = partitions.table
         self._halts = halts
@@ -74,9 +77,9 @@ class Fetcher:
                 self._on_step("fetched")
 
     def _queue(self, partition: Partition, records: Sequence[Record]) -> None:
-        """Give each record to the lane of its shard.
+        """Give each record to its shard.
 
-        The other lanes get only the end offset: the poll held nothing for them.
+        The other shards get only the end offset: the poll held nothing for them.
         """
         if not records:
             return
@@ -85,10 +88,10 @@ class Fetcher:
             return  # not positioned yet: these records are fetched again
         end = max(start, records[-1].offset + 1)
         self._halts.went_on(partition, end)
-        for lane, of_shard in zip(self._partitions.lanes_of(partition), self._router.split(records), strict=True):
-            # Records that a lane has no room for are fetched again later, from where that lane is.
-            wanted = lane.has_room and not lane.scheduler.is_full(partition)
-            kept, _ = lane.scheduler.add(partition, of_shard, start, end) if wanted else (0, 0)
+        for shard, of_shard in zip(self._shards, self._router.split(records), strict=True):
+            # Records that a shard has no room for are fetched again later, from where that shard is.
+            wanted = self._partitions.has_room(shard, partition) and not shard.scheduler.is_full(partition)
+            kept, _ = shard.scheduler.add(partition, of_shard, start, end) if wanted else (0, 0)
             if kept:
                 event(
                     logging.DEBUG,
@@ -99,4 +102,4 @@ class Fetcher:
                     last=of_shard[-1].offset,
                     count=kept,
                 )
-                lane.wake.set()
+                shard.starts.wake()

@@ -58,14 +58,14 @@ class Halts:
 
     def cannot_be_read(self, partition: Partition, failure: ReadFailure) -> None:
         """Halt an unreadable partition in every shard; it is retried later."""
-        lanes = self._partitions.open_lanes_of(partition)
-        if not lanes or self._table.state(partition) is State.HALTED or not self._table.has_assignment:
+        shards = self._partitions.open_shards_of(partition)
+        if not shards or self._table.state(partition) is State.HALTED or not self._table.has_assignment:
             return
         stop, is_logged = self.unreadable.failed(partition, failure, time.monotonic())
-        for lane in lanes:
-            received = lane.scheduler.received(partition) or 0
-            position = self._table.positions(lane.shard.name)[partition]._replace(offset=received, seen=None)
-            self.halt(lane.shard, partition, stop, position, is_logged=is_logged)
+        for shard in shards:
+            received = shard.scheduler.received(partition) or 0
+            position = self._table.positions(shard.name)[partition]._replace(offset=received, seen=None)
+            self.halt(shard, partition, stop, position, is_logged=is_logged)
 
     def retry_unreadable(self) -> None:
         """Read partitions again that could not be read and are due."""

@@ -43,6 +43,7 @@ from consumer.worker.shard import LaneState
 from consumer.worker.shard_check import ShardCheck
 from consumer.worker.wait_reports import Reporter
 
+SPARE_CONNECTION_SECONDS = 60.0  # the first lane of a database keeps its connection for ever
 _LAST_WORD_SECONDS = 5.0
 
 
@@ -90,15 +91,24 @@ class LaneRunner:
                 continue
             lane.idle.clear()
             services.partitions.room.set()
-            await self.settle_batch(batch)
+            try:
+                await self.settle_batch(batch)
+            finally:
+                lane.worked_at = time.monotonic()
+                lane.shard.scheduler.finish(batch)
+                lane.shard.starts.ended(lane.number)
             if lane.shard.crowded_until > time.monotonic():
                 await services.connections.give_back(lane, is_idle=False)
 
     def _take(self) -> Batch | None:
-        settings = self.services.settings
-        if not self._table.has_assignment or self.services.lifetime.is_stopping:
+        settings, shard = self.services.settings, self.lane.shard
+        if not self._table.has_assignment or self.services.lifetime.is_stopping or not shard.starts.may_begin:
             return None
-        return self.lane.scheduler.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+        batch = shard.scheduler.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+        if batch is not None:
+            shard.scheduler.begin(batch)
+            shard.starts.began(self.lane.number, leaves_more=shard.scheduler.has_more)
+        return batch
 
     async def _wait(self) -> None:
         """Wait until there may be a batch."""
@@ -107,11 +117,27 @@ class LaneRunner:
             await self.services.connections.give_back(lane, is_idle=True)
         lane.idle.set()
         lane.wake.clear()
-        due = lane.scheduler.next_due()
+        due = lane.shard.scheduler.next_due() if self._table.has_assignment else None
+        spare_at = self._close_spare_connection()
+        until = min((moment for moment in (due, spare_at) if moment is not None), default=None)
         with suppress(TimeoutError):
-            is_timed = due is not None and self._table.has_assignment
-            timeout = max(0.001, due - time.monotonic()) if due is not None and is_timed else None
+            timeout = None if until is None else max(0.001, until - time.monotonic())
             await asyncio.wait_for(lane.wake.wait(), timeout)
+
+    def _close_spare_connection(self) -> float | None:
+        """Close the connection of a further lane that was idle for long.
+
+        Returns when it is to be closed, in monotonic seconds; None if never.
+        """
+        lane = self.lane
+        if lane.number == 0 or lane.session is None:
+            return None
+        spare_at = lane.worked_at + SPARE_CONNECTION_SECONDS
+        if spare_at > time.monotonic():
+            return spare_at
+        lane.session.close()
+        lane.session = None
+        return None
 
     # -- the way of a batch -----------------------------------------------------------------------------------------
 
@@ -157,7 +183,7 @@ class LaneRunner:
         """
         lane, services = self.lane, self.services
         stage = EffectStage(
-            lane.shard.ids, lane.scheduler, services.random, services.on_step, lane.calls, services.evidence
+            lane.shard.ids, lane.shard.scheduler, services.random, services.on_step, lane.calls, services.evidence
         )
         part = Part(batch)
         while await self._prepare(part, epoch):
@@ -216,7 +242,7 @@ class LaneRunner:
             result = await apply.apply_batch(
                 session,
                 lane.shard.ids,
-                lane.scheduler,
+                lane.shard.scheduler,
                 part.batch,
                 use_savepoints=part.use_savepoints,
                 random=services.random,
@@ -250,7 +276,7 @@ class LaneRunner:
                 raise error
             case Fenced():
                 event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **lane.shard.label)
-                services.partitions.reopen_lane(lane)
+                services.partitions.reopen(lane.shard, part.batch.partition_epochs)
                 return None
             case _:
                 raise error
@@ -329,7 +355,7 @@ class LaneRunner:
                     await apply.apply_batch(
                         session,
                         lane.shard.ids,
-                        lane.scheduler,
+                        lane.shard.scheduler,
                         part.batch,
                         use_savepoints=True,
                         random=services.random,

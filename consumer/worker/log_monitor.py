@@ -25,7 +25,7 @@ from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.partition_table import State
 from consumer.worker.partitions import Partitions
-from consumer.worker.shard import LaneState
+from consumer.worker.shard import Shard
 from consumer.worker.subscription import Subscription
 from consumer.worker.watchdog import OpenTransactions
 
@@ -43,7 +43,7 @@ class LogMonitor:
         self,
         subscription: Subscription,
         source: KafkaConsumer,
-        lanes: Sequence[LaneState],
+        shards: Sequence[Shard],
         partitions: Partitions,
         halts: Halts,
         group_check: GroupCheck,
@@ -53,7 +53,7 @@ class LogMonitor:
     ) -> None:
         self._subscription = subscription
         self._source = source
-        self._lanes = lanes
+        self._shards = shards
         self._partitions = partitions
         self._table = partitions.table
         self._halts = halts
@@ -117,24 +117,24 @@ class LogMonitor:
         ends = await self._source.log.ends(list(refusals), partial=True) if refusals else {}
         if epochs != self._table.assignment_epochs:
             return
-        for lane in self._lanes:
-            for partition in lane.scheduler.partitions:
+        for shard in self._shards:
+            for partition in shard.scheduler.partitions:
                 log = ObservedLog(identity.cluster_id, identity.topics.get(partition.topic))
                 if partition in refusals:
                     first, end = firsts.get(partition), ends.get(partition)
                     log = log._replace(first=first, end=end, out_of_range=refusals[partition])
-                self._check_log(lane, partition, log, identity, is_refused=partition in refusals)
+                self._check_log(shard, partition, log, identity, is_refused=partition in refusals)
 
     def _check_log(
-        self, lane: LaneState, partition: Partition, log: ObservedLog, identity: Identity, *, is_refused: bool
+        self, shard: Shard, partition: Partition, log: ObservedLog, identity: Identity, *, is_refused: bool
     ) -> None:
-        received = lane.scheduler.received(partition)
-        if received is None or partition in self._table.halts(lane.shard.name):
+        received = shard.scheduler.received(partition)
+        if received is None or partition in self._table.halts(shard.name):
             return
-        position = self._table.positions(lane.shard.name)[partition]._replace(offset=received, seen=None)
+        position = self._table.positions(shard.name)[partition]._replace(offset=received, seen=None)
         stop = check_log(partition, position, log)
         if stop is not None:
-            self._halts.halt(lane.shard, partition, stop, position)
+            self._halts.halt(shard, partition, stop, position)
         elif is_refused and partition.topic in identity.refused:
             failure = ReadFailure(HaltReason.NOT_ALLOWED, "its user may not see it", received)
             self._halts.cannot_be_read(partition, failure)

@@ -78,7 +78,7 @@ class OffsetCommits:
 
     def _settled_below(self, partition: Partition) -> int:
         """The offset below which a partition is settled in every shard."""
-        return min(lane.scheduler.position(partition) for lane in self._partitions.lanes_of(partition))
+        return min(shard.scheduler.position(partition) for shard in self._shards)
 
     def _note(self, partition: Partition) -> str:
         """The text beside a committed offset."""
@@ -86,7 +86,7 @@ class OffsetCommits:
         return commit_metadata(positions)
 
     async def _skip_markers(self) -> None:
-        """Let the lanes pass markers and aborted records.
+        """Let the positions pass markers and aborted records.
 
         The client hands neither out. Without this, the position would stay below those at the end of a log.
         """
@@ -95,9 +95,9 @@ class OffsetCommits:
             offset = self._table.offset(partition)
             if end is None or offset is None or end <= offset or self._table.state(partition) is not State.READING:
                 continue
-            for lane in self._partitions.lanes_of(partition):
-                if lane.has_room:
-                    lane.scheduler.add(partition, (), offset, end)
+            for shard in self._shards:
+                if self._partitions.has_room(shard, partition):
+                    shard.scheduler.add(partition, (), offset, end)
             self._table.advance(partition, end)
 
     async def _save_unreadable(self, shard: Shard) -> None:
@@ -115,7 +115,7 @@ class OffsetCommits:
     async def _check_moved_positions(self, shard: Shard) -> None:
         """Reopen idle partitions whose position was moved.
 
-        A lane that settles something notices by itself.
+        The lane that settles something of a partition notices by itself.
         """
         known = self._resting_positions(shard)
         if not known:
@@ -127,37 +127,27 @@ class OffsetCommits:
         if stored is None or epoch != self._table.assignment_epoch(shard.name):
             return
         for partition, position in known.items():
-            lane = self._partitions.lane_of(shard, partition)
-            if lane is None or self._resting_position(shard, partition) != position:
-                continue  # race: the lane has settled something meanwhile
+            if self._resting_position(shard, partition) != position:
+                continue  # race: a lane has settled something meanwhile
             current = stored.get(partition, position)
             if (current.offset, current.topic_id) != (position.offset, position.topic_id):
                 event(logging.WARNING, "positions have moved: reading them again", topic=partition.topic, **shard.label)
-                self._partitions.reopen(lane, partition)
+                self._partitions.reopen(shard, [partition])
 
     def _resting_positions(self, shard: Shard) -> dict[Partition, Position]:
         """Return positions of partitions that are halted or idle."""
-        halted = self._table.halts(shard.name)
         resting = {}
         for partition in self._table.partitions():
-            lane = self._partitions.lane_of(shard, partition)
-            is_idle = (
-                lane is not None
-                and lane.idle.is_set()
-                and not lane.scheduler.delayed
-                and lane.scheduler.fetched == (0, 0)
-            )
-            if (is_idle or partition in halted) and (position := self._resting_position(shard, partition)) is not None:
+            if (position := self._resting_position(shard, partition)) is not None:
                 resting[partition] = position
         return resting
 
     def _resting_position(self, shard: Shard, partition: Partition) -> Position | None:
         """Return the last known position of an idle partition; else None."""
-        lane = self._partitions.lane_of(shard, partition)
-        received = lane.scheduler.received(partition) if lane is not None else None
-        if lane is None or received is None:  # halted before it was opened
+        received = shard.scheduler.received(partition)
+        if received is None:  # halted before it was opened
             halt = self._table.halts(shard.name).get(partition)
             return halt.position if halt is not None else None
-        if lane.scheduler.position(partition) != received:
+        if shard.scheduler.position(partition) != received:
             return None
         return self._table.positions(shard.name)[partition]._replace(offset=received)

@@ -29,7 +29,7 @@ class State(Enum):
     """
 
     READING = "reading"  # the client fetches it
-    PAUSED = "paused"  # a position is known, and no lane has room for it
+    PAUSED = "paused"  # a position is known, and no database has room for it
     UNPOSITIONED = "unpositioned"  # no database has given a position yet
     REFUSED = "refused"  # the broker refused a fetch, and the log monitor has not found out why
     HALTED = "halted"  # it must not go on until its position is moved or the cause is gone
@@ -89,7 +89,6 @@ class _Place:
 class _Entry:
     """One partition."""
 
-    number: int  # among those of the assignment, in order
     places: dict[str, _Place]
     state: State = State.UNPOSITIONED
     offset: int | None = None  # that the client hands out next; None: it was never positioned
@@ -129,8 +128,7 @@ class PartitionTable:
         self.assignments += 1
         self._next_epochs()
         self._entries = {
-            partition: _Entry(number, {name: _Place() for name in self._databases})
-            for number, partition in enumerate(sorted(partitions))
+            partition: _Entry({name: _Place() for name in self._databases}) for partition in sorted(partitions)
         }
         return [AwaitPosition(partition) for partition in self._entries]
 
@@ -163,7 +161,7 @@ class PartitionTable:
         """Return the fence of a database.
 
         Whatever was asked in an earlier epoch is dropped: all partitions were given up since. A partition that is opened
-        again alone keeps the epoch, for the sake of its lane's other partitions; core/ordering.py fences it.
+        again alone keeps the epoch, for the sake of the others; core/ordering.py fences it.
         """
         return self._databases[database].assignment_epoch
 
@@ -237,7 +235,7 @@ class PartitionTable:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def want(self, partition: Partition, offset: int | None) -> Action | None:
-        """Read a partition on from an offset; None: no lane has room."""
+        """Read a partition on from an offset; None: no database has room."""
         entry = self._entries.get(partition)
         if entry is None or (entry.state is not State.READING and entry.state is not State.PAUSED):
             return None
@@ -361,11 +359,6 @@ class PartitionTable:
     def partitions(self) -> list[Partition]:
         """All that are assigned, in order."""
         return list(self._entries)
-
-    def number(self, partition: Partition) -> int | None:
-        """Return the partition's number in the assignment; None if not assigned."""
-        entry = self._entries.get(partition)
-        return None if entry is None else entry.number
 
     def state(self, partition: Partition) -> State | None:
         """The state of a partition; None for one that is not assigned."""

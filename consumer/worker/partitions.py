@@ -1,6 +1,6 @@
 """Carries out what the partition table decides.
 
-Moves the Kafka client, and opens and closes partitions in the lanes. Every part of the worker that changes what happens
+Moves the Kafka client, and opens and closes partitions in the schedulers. Every part of the worker that changes what happens
 to a partition does it here. Limitations: asks no service; positions come in from assignment.py, and what speaks against
 them from halts.py.
 """
@@ -18,15 +18,15 @@ from consumer.core.pauses import PauseOrder, paused_among
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.settings import Settings
-from consumer.worker.partition_table import Action, AwaitPosition, PartitionTable, Pause, Resume, Seek
-from consumer.worker.shard import LaneState, Shard
+from consumer.worker.partition_table import Action, AwaitPosition, PartitionTable, Pause, Resume, Seek, State
+from consumer.worker.shard import Shard
 from consumer.worker.wait_reports import Reporter
 
 
 class Partitions:
-    """Keeps the table, the Kafka client and the lanes in step.
+    """Keeps the table, the Kafka client and the schedulers in step.
 
-    room: set when a lane may have room again, so that the fetcher goes on.
+    room: set when a shard may have room again, so that the fetcher goes on.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Partitions:
         table: PartitionTable,
         source: KafkaConsumer,
         shards: Sequence[Shard],
-        lanes: Sequence[LaneState],
         reporters: Mapping[str, Reporter],
         settings: Settings,
     ) -> None:
@@ -42,38 +41,21 @@ class Partitions:
         self.room = asyncio.Event()
         self._source = source
         self._shards = shards
-        self._lanes = lanes
-        self._by_shard = {shard.name: [lane for lane in lanes if lane.shard is shard] for shard in shards}
         self._reporters = reporters
-        self._messages_max = settings.buffer_messages_max / len(lanes)
-        self._bytes_max = settings.buffer_bytes_max / len(lanes)
+        self._messages_max = settings.buffer_messages_max / len(shards)
+        self._bytes_max = settings.buffer_bytes_max / len(shards)
 
     # -- lanes ------------------------------------------------------------------------------------------------------
 
-    def lane_of(self, shard: Shard, partition: Partition) -> LaneState | None:
-        """Return a partition's lane in a shard; None if not assigned."""
-        number = self.table.number(partition)
-        if number is None:
-            return None
-        lanes = self._by_shard[shard.name]
-        return lanes[number % len(lanes)]
-
-    def lanes_of(self, partition: Partition) -> list[LaneState]:
-        """Return a partition's lanes, one per shard and in their order.
-
-        Empty if the partition is not assigned.
-        """
-        number = self.table.number(partition)
-        return [] if number is None else [lanes[number % len(lanes)] for lanes in self._by_shard.values()]
-
-    def open_lanes_of(self, partition: Partition) -> list[LaneState]:
-        """Those lanes of a partition that know its position."""
-        return [lane for lane in self.lanes_of(partition) if lane.scheduler.received(partition) is not None]
+    def open_shards_of(self, partition: Partition) -> list[Shard]:
+        """Those shards that have given a partition its position."""
+        return [shard for shard in self._shards if shard.scheduler.received(partition) is not None]
 
     def wake_lanes(self) -> None:
         """Wake every lane to look for a batch or a stop."""
-        for lane in self._lanes:
-            lane.wake.set()
+        for shard in self._shards:
+            for lane in shard.lanes:
+                lane.wake.set()
 
     def wake(self) -> None:
         """Wake the lanes and the fetcher to notice a stop."""
@@ -98,9 +80,9 @@ class Partitions:
 
         The next owner reads it again.
         """
-        for lane in self._lanes:
-            for partition in lane.scheduler.partitions:
-                lane.scheduler.revoke(partition)
+        for shard in self._shards:
+            for partition in shard.scheduler.partitions:
+                shard.scheduler.revoke(partition)
         self.table.finish_revoke()
         self.room.set()
 
@@ -119,27 +101,22 @@ class Partitions:
 
         chains, attempts: what the shard remembers of its messages.
         """
-        lane = self.lane_of(shard, partition)
-        if lane is None:
+        if self.table.state(partition) is None:
             return
         self.table.open(shard.name, partition, position, cross_check_below)
-        lane.scheduler.assign(partition, position.offset)
-        lane.scheduler.restore(partition, chains, attempts)
+        shard.scheduler.assign(partition, position.offset)
+        shard.scheduler.restore(partition, chains, attempts)
         self.read_on(partition)
 
-    def reopen(self, lane: LaneState, partition: Partition) -> None:
-        """Restart a partition of a lane at its position in PostgreSQL.
+    def reopen(self, shard: Shard, partitions: Iterable[Partition]) -> None:
+        """Restart partitions of a shard at their positions in PostgreSQL.
 
-        Forgets what was read of it.
+        Forgets what was read of them.
         """
-        lane.scheduler.revoke(partition)
-        self._take(self.table.close(lane.shard.name, partition))
-        lane.shard.positions_wanted.set()
-
-    def reopen_lane(self, lane: LaneState) -> None:
-        """Reopen every partition of a lane."""
-        for partition in lane.scheduler.partitions:
-            self.reopen(lane, partition)
+        for partition in partitions:
+            shard.scheduler.revoke(partition)
+            self._take(self.table.close(shard.name, partition))
+        shard.positions_wanted.set()
         self.room.set()
 
     def new_epoch(self, shard: Shard, epoch: str) -> None:
@@ -152,10 +129,10 @@ class Partitions:
         self.table.next_epoch(shard.name)
         if shard.precheck is not None:
             shard.precheck.new_epoch(epoch)
-        for lane in self._by_shard[shard.name]:
+        for lane in shard.lanes:
             if lane.session is not None and lane.session.epoch != epoch:
                 lane.session.close()
-            self.reopen_lane(lane)
+        self.reopen(shard, shard.scheduler.partitions)
 
     # -- pauses of operators ----------------------------------------------------------------------------------------
 
@@ -170,8 +147,8 @@ class Partitions:
         self.table.pause_by_operator(frozenset.intersection(*(every.paused for every in self._shards)))
         if not began and not ended:
             return
-        for lane in self._by_shard[shard.name]:
-            lane.scheduler.paused = paused
+        shard.scheduler.paused = paused
+        for lane in shard.lanes:
             lane.wake.set()
         for partition in began | ended:
             self.read_on(partition)
@@ -190,39 +167,47 @@ class Partitions:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def share_room(self) -> bool:
-        """Pause lanes whose share of the buffer is used up.
+        """Pause what there is no room for in the shards' shares of the buffer.
 
-        Returns whether some lane has room.
+        Returns whether something may be read.
         """
-        serving = [lane for lane in self._lanes if lane.scheduler.partitions]
-        for lane in serving:
-            messages, size = lane.scheduler.fetched
-            # A lane that fell behind resumes only with plenty of room: each time, the log is read again.
-            share = 0.5 if len(self._shards) > 1 and not lane.has_room else 1.0
-            lane.has_room = messages < self._messages_max * share and size < self._bytes_max * share
+        serving = [shard for shard in self._shards if shard.scheduler.partitions]
+        for shard in serving:
+            messages, size = shard.scheduler.fetched
+            # A shard that fell behind resumes only with plenty of room: each time, the log is read again.
+            share = 0.5 if len(self._shards) > 1 and not shard.has_room else 1.0
+            shard.has_room = messages < self._messages_max * share and size < self._bytes_max * share
         for partition in self.table.partitions():
             self.read_on(partition)
         self._source.set_fetch_wait(short=self.table.waits_for_room)
-        return not serving or any(lane.has_room for lane in serving)
+        return not serving or any(shard.has_room for shard in serving) or bool(self.table.in_state(State.READING))
+
+    def has_room(self, shard: Shard, partition: Partition) -> bool:
+        """Whether records of a partition may wait in a shard.
+
+        Always, if none of it wait: a slow handler, with its partitions' messages in the buffer, stops no other partition.
+        """
+        return shard.has_room or not shard.scheduler.has_fetched(partition)
 
     def read_on(self, partition: Partition) -> None:
-        """Read a partition on for the lane that is furthest behind.
+        """Read a partition on for the shard that is furthest behind.
 
-        Pauses it while no lane has room. With one shard that is where the client is, except after the partition was
+        Pauses it while no shard has room. With one shard that is where the client is, except after the partition was
         opened. With several, a shard that is away or slow fills its share of the buffer and falls behind, and the log
-        is read again from there when it has room: the lanes that are ahead drop what they have had.
+        is read again from there when it has room: the shards that are ahead drop what they have had.
         """
         if not self.table.may_be_read(partition):
             return
         wanted = []
-        for lane in self.open_lanes_of(partition):
-            if lane.scheduler.paused and partition in lane.scheduler.paused:
-                lane.scheduler.drop_fetched(partition)  # as below
-            elif lane.scheduler.is_full(partition):
-                self._reporters[lane.shard.name].log_full(partition)
-                lane.scheduler.drop_fetched(partition)  # else it would take the room of the others
-            elif lane.has_room:
-                wanted.append(lane.scheduler.received(partition) or 0)
+        for shard in self.open_shards_of(partition):
+            scheduler = shard.scheduler
+            if scheduler.paused and partition in scheduler.paused:
+                scheduler.drop_fetched(partition)  # as below
+            elif scheduler.is_full(partition):
+                self._reporters[shard.name].log_full(partition)
+                scheduler.drop_fetched(partition)  # else it would take the room of the others
+            elif self.has_room(shard, partition):
+                wanted.append(scheduler.received(partition) or 0)
         action = self.table.want(partition, min(wanted, default=None))
         if action is not None:
             self._take([action])

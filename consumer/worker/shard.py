@@ -1,4 +1,4 @@
-"""State of one database of a worker, and of one lane.
+"""State of one database of a worker, and of its lanes.
 
 Data only: the parts of the worker read and write it. An App without shards has one database, whose name is empty.
 """
@@ -19,6 +19,7 @@ from consumer.settings import Settings
 from consumer.transaction.limits import CallTracker
 from consumer.transaction.result import LedgerIds
 from consumer.worker.conflict_turns import Turns
+from consumer.worker.lane_starts import LaneStarts
 
 if TYPE_CHECKING:
     from consumer.precheck.client import Precheck
@@ -31,6 +32,7 @@ class Shard:
     name: str
     settings: Settings  # the worker's, with the address of this database
     ids: LedgerIds
+    scheduler: Scheduler
     init: ConnectionInit | None = None  # the App's connection_init
     by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
     by_name: dict[str, Handler] = field(default_factory=dict)  # the same, also those of no topic yet
@@ -45,6 +47,9 @@ class Shard:
     installation: str = ""
     positions_wanted: asyncio.Event = field(default_factory=asyncio.Event)  # some partition may be unpositioned
     crowded_until: float = 0.0  # monotonic: connections are given back, for other workers and lanes
+    has_room: bool = True  # its share of the buffer is not used up
+    lanes: list[LaneState] = field(default_factory=list)
+    starts: LaneStarts = field(default_factory=LaneStarts)
 
     @property
     def label(self) -> dict[str, str]:
@@ -59,20 +64,19 @@ class Shard:
 
 @dataclass(slots=True, eq=False)
 class LaneState:
-    """A lane: its queue, its connection and what it is doing.
+    """A lane: its connection, and the batch that it settles.
 
-    A partition has one lane in every shard.
+    Any lane of a shard may take a batch of any partition that is not in flight.
     """
 
-    number: int
+    number: int  # among those of its shard; the first idle one takes the next batch
     shard: Shard
-    scheduler: Scheduler
     calls: CallTracker
     turns: Turns
     session: Session | None = None
     opened_at: float = 0.0  # of the session, monotonic
+    worked_at: float = 0.0  # when its last batch ended, monotonic
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # no transaction is in flight
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # there may be a batch to take
     part: Batch | None = None  # what it is settling
-    has_room: bool = True  # its share of the buffer is not used up
     batches: int = 0  # settled so far

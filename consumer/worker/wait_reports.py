@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from consumer.core.delivery import Delivery
@@ -28,19 +28,13 @@ _ANSWER_SECONDS = 2.0
 _ROWS_MAX = 200  # of one worker and database; further errors are not reported
 
 
-class HasScheduler(Protocol):
-    """A lane, as far as it is reported."""
-
-    scheduler: Scheduler
-
-
 class Reporter:
-    """Reports the lanes of one database."""
+    """Reports what waits in the scheduler of one database."""
 
-    def __init__(self, evidence: Evidence, message_log: MessageLog, lanes: Sequence[HasScheduler]) -> None:
+    def __init__(self, evidence: Evidence, message_log: MessageLog, scheduler: Scheduler) -> None:
         self._evidence = evidence
         self._message_log = message_log
-        self._lanes = lanes
+        self._scheduler = scheduler
         self._worker = uuid4()
         self._written: list[WaitingRow] = []
         self._written_at = 0.0
@@ -67,30 +61,25 @@ class Reporter:
         """Return the waiting messages, and the names of their handlers by number."""
         by_error: dict[tuple[int, Partition, str], WaitingRow] = {}
         names: dict[int, str] = {}
-        for lane in self._lanes:
-            for head, count, read_up_to in lane.scheduler.waiting():
-                if head.failure_cause is None:
-                    continue
-                names[head.handler.number] = head.handler.name
-                key = (head.handler.number, head.partition, head.failure_cause.error)
-                if (known := by_error.get(key)) is not None:
-                    why = head.failure_cause
-                    why = why._replace(
-                        since=min(why.since, known.why.since), systemic=why.systemic or known.why.systemic
-                    )
-                    by_error[key] = WaitingRow(key[0], key[1], known.messages + count, why, read_up_to)
-                elif len(by_error) < _ROWS_MAX:
-                    by_error[key] = WaitingRow(key[0], key[1], count, head.failure_cause, read_up_to)
+        for head, count, read_up_to in self._scheduler.waiting():
+            if head.failure_cause is None:
+                continue
+            names[head.handler.number] = head.handler.name
+            key = (head.handler.number, head.partition, head.failure_cause.error)
+            if (known := by_error.get(key)) is not None:
+                why = head.failure_cause
+                why = why._replace(since=min(why.since, known.why.since), systemic=why.systemic or known.why.systemic)
+                by_error[key] = WaitingRow(key[0], key[1], known.messages + count, why, read_up_to)
+            elif len(by_error) < _ROWS_MAX:
+                by_error[key] = WaitingRow(key[0], key[1], count, head.failure_cause, read_up_to)
         return sorted(by_error.values(), key=lambda row: (row.handler, row.partition, row.why.error)), names
 
     async def report(self, connection: Any) -> None:
         """Write changed rows, renew the rest, and note other workers' successes."""
         now = time.monotonic()
         rows, names = self.rows()
-        self._full = {
-            partition for partition in self._full if any(lane.scheduler.is_full(partition) for lane in self._lanes)
-        }
-        owned = {partition for lane in self._lanes for partition in lane.scheduler.partitions}
+        self._full = {partition for partition in self._full if self._scheduler.is_full(partition)}
+        owned = set(self._scheduler.partitions)
         for partition in owned - self._owned:
             self._taking_over[partition] = now + 3 * waiting_messages.RENEW_SECONDS
         self._owned = owned
@@ -104,7 +93,7 @@ class Reporter:
             await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
             self._written, self._written_at, self._is_unsure = rows, now, False
         if self._taking_over:
-            numbers = sorted({handler.number for lane in self._lanes for handler in lane.scheduler.handlers()})
+            numbers = sorted({handler.number for handler in self._scheduler.handlers()})
             await waiting_messages.take_over(
                 connection,
                 self._worker,

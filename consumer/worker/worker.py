@@ -129,7 +129,7 @@ class Worker:
             "worker started",
             app=self._app.name,
             topics=",".join(self._app.topics),
-            lanes=len(self.lanes),
+            lanes_max=len(self.lanes),
         )
         return True
 

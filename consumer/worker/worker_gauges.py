@@ -27,7 +27,7 @@ from consumer.worker.connections import Connections
 from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partitions import Partitions
-from consumer.worker.shard import LaneState, Shard
+from consumer.worker.shard import Shard
 
 
 @dataclass(slots=True)
@@ -40,7 +40,6 @@ class WorkerState:
 
     source: KafkaConsumer
     shards: Sequence[Shard]
-    lanes: Sequence[LaneState]
     partitions: Partitions
     connections: Connections
     kafka: KafkaState
@@ -78,9 +77,9 @@ class WorkerState:
 
     def _lag_messages(self) -> Iterator[tuple[Partition, int]]:
         positions: dict[Partition, int] = {}
-        for lane in self.lanes:
-            for partition in lane.scheduler.partitions:
-                position = lane.scheduler.position(partition)
+        for shard in self.shards:
+            for partition in shard.scheduler.partitions:
+                position = shard.scheduler.position(partition)
                 positions[partition] = min(position, positions.get(partition, position))
         for partition, position in positions.items():
             seen, asked = self.source.end_seen(partition), self.ends.get(partition)
@@ -90,15 +89,15 @@ class WorkerState:
     def _oldest_records(self) -> dict[Partition, Record]:
         """Return the first unsettled record of each partition, as far as read."""
         oldest: dict[Partition, Record] = {}
-        for lane in self.lanes:
-            first = lane.scheduler.oldest()
-            if lane.part is not None and not lane.idle.is_set():
-                for record in _firsts(lane.part.deliveries):
-                    partition = Partition(record.topic, record.partition)
-                    known = first.get(partition)
-                    if known is None or record.offset < known.offset:
-                        first[partition] = record
-            for partition, record in first.items():
+        for shard in self.shards:
+            in_flight = (
+                record
+                for lane in shard.lanes
+                if lane.part is not None and not lane.idle.is_set()
+                for record in _firsts(lane.part.deliveries)
+            )
+            for record in (*shard.scheduler.oldest().values(), *in_flight):
+                partition = Partition(record.topic, record.partition)
                 if partition not in oldest or record.offset < oldest[partition].offset:
                     oldest[partition] = record
         return oldest
@@ -112,8 +111,8 @@ class WorkerState:
 
     def _waiting(self) -> Iterator[Gauge]:
         counts: Counter[tuple[str, str, str]] = Counter()
-        for lane in self.lanes:
-            for head, count, _ in lane.scheduler.waiting():
+        for shard in self.shards:
+            for head, count, _ in shard.scheduler.waiting():
                 cause = head.failure_cause
                 reason = "systemic" if cause is not None and cause.systemic else "retry"
                 counts[head.handler.name, head.record.topic, reason] += 1

@@ -197,7 +197,7 @@ async def running() -> AsyncIterator[Running]:
             kafka_session_timeout_seconds=6,
             # One message a transaction, so that each meets the pre-check and the ledger by itself, to be watched.
             batch_messages_max=1,
-            lanes=1,
+            lanes_max=1,
             grace_seconds=5,
             restarts_max=1000,  # people kill it here
             log_level="debug",

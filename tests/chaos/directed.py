@@ -135,7 +135,7 @@ SCENARIOS = [
     Scenario("M15", frozenset({"I1", "I5"}), rewound=True, after=[Message(n, f"k{n}") for n in range(20, 24)]),
     Scenario("M16", frozenset({"I1"}), before=[*_GOOD, Message(0, more="fails")], commands=[(_POSTPONE, _MEND), (_MENDED, _MEND)]),
     Scenario("M17", frozenset({"I8"}), before=[*_GOOD, Message(0, more="fails")], after=[Message(1), Message(2)], stopped=True, commands=[({}, ["replay", APP, "{topic}", "--apply"]), (_MENDED, _RETRY)]),
-    Scenario("M18", frozenset({"I11"}), before=[*[Message(n, "b", 1, more="raises" if n == 20 else "") for n in range(20, 60)], *_GOOD], after=[Message(n, f"k{n}") for n in range(5)], retry=600.0, settings={"parked_messages_max": 10, "lanes": 1}, applied=[*range(10, 14), *range(5)]),
+    Scenario("M18", frozenset({"I11"}), before=[*[Message(n, "b", 1, more="raises" if n == 20 else "") for n in range(20, 60)], *_GOOD], after=[Message(n, f"k{n}") for n in range(5)], retry=600.0, settings={"parked_messages_max": 10, "lanes_max": 1}, applied=[*range(10, 14), *range(5)]),
     Scenario("M19", frozenset({"I1"}), before=[Message(1, "a", source="/eu"), Message(1, "a", source="/us"), *_GOOD]),
     Scenario("M20", frozenset({"I1", "I4"}), before=[*_GOOD, Message(0, more="once"), Message(1)]),
     Scenario("M21", frozenset({"I8"}), before=[*_GOOD, Message(0, more="fails"), Message(1), Message(2)], commands=[(_MENDED, _RETRY)]),

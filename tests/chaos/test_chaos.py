@@ -132,8 +132,7 @@ async def test_worker_that_opens_partitions_without_postgresql_can_be_stopped(pl
         [shard] = worker.shards
         assert shard.control is not None
         shard.control.close()
-        for lane in worker.lanes:
-            worker.partitions.reopen_lane(lane)
+        worker.partitions.reopen(shard, shard.scheduler.partitions)
         worker.stop()
     assert len(await place.effects()) == 1
 

@@ -86,7 +86,7 @@ def good(tmp_path: Path) -> Path:
     [
         ({}, "CONSUMER_POSTGRES_DSN"),
         ({"CONSUMER_POSTGRES_DSN": "not a dsn"}, "CONSUMER_POSTGRES_DSN"),
-        ({"CONSUMER_LANES": "many"}, "CONSUMER_LANES"),
+        ({"CONSUMER_LANES_MAX": "many"}, "CONSUMER_LANES_MAX"),
         ({"CONSUMER_GRACE_SECONDS": "-1"}, "CONSUMER_GRACE_SECONDS"),
         ({"CONSUMER_KAFKA_SECURITY_PROTOCOL": "TLS"}, "CONSUMER_KAFKA_SECURITY_PROTOCOL"),
         ({"CONSUMER_LOG_LEVEL": "loud"}, "CONSUMER_LOG_LEVEL"),
@@ -425,7 +425,7 @@ def test_closed_standard_streams_are_survived(tmp_path: Path) -> None:
 
 
 def test_an_empty_variable_is_as_good_as_none(tmp_path: Path) -> None:
-    result = consumer(tmp_path, "migrate", "--check", "--wait", "0", CONSUMER_REDIS_URL="", CONSUMER_LANES="")
+    result = consumer(tmp_path, "migrate", "--check", "--wait", "0", CONSUMER_REDIS_URL="", CONSUMER_LANES_MAX="")
     is_one_line(result, "CONSUMER_POSTGRES_DSN")
 
 

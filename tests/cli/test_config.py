@@ -61,24 +61,24 @@ def refusal(config: str | None = None, **flags: Any) -> str:
 
 
 def test_flag_wins_over_environment_over_file_over_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = written(file, "lanes = 3\n")
+    config = written(file, "lanes_max = 3\n")
     seen = [load()]
     seen.append(load(config))
-    monkeypatch.setenv("CONSUMER_LANES", "4")
+    monkeypatch.setenv("CONSUMER_LANES_MAX", "5")
     seen.append(load(config))
-    seen.append(load(config, lanes=5))
-    assert [settings.lanes for settings in seen] == [2, 3, 4, 5]
-    sources = [settings.source_of("lanes") for settings in seen]
+    seen.append(load(config, lanes_max=6))
+    assert [settings.lanes_max for settings in seen] == [4, 3, 5, 6]
+    sources = [settings.source_of("lanes_max") for settings in seen]
     assert [source.kind for source in sources] == ["default", "file", "environment", "flag"]
-    assert [source.place for source in sources] == [None, "lanes", "CONSUMER_LANES", "--lanes"]
+    assert [source.place for source in sources] == [None, "lanes_max", "CONSUMER_LANES_MAX", "--lanes-max"]
 
 
 def test_the_variable_names_a_file_and_the_flag_another(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = file.with_name("other.toml")
-    monkeypatch.setenv("CONSUMER_CONFIG", written(file, "lanes = 3"))
-    assert (load().lanes, Settings().lanes) == (3, 3)
-    assert load(written(other, "workers = 7")).lanes == 2
-    assert Settings(lanes=6).lanes == 6
+    monkeypatch.setenv("CONSUMER_CONFIG", written(file, "lanes_max = 3"))
+    assert (load().lanes_max, Settings().lanes_max) == (3, 3)
+    assert load(written(other, "workers = 7")).lanes_max == 4
+    assert Settings(lanes_max=6).lanes_max == 6
 
 
 def test_empty_variable_of_the_file_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,17 +145,17 @@ def test_every_setting_can_be_in_the_file(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("lane = 3", "lane: no such setting; did you mean lanes"),
+        ("lane_max = 3", "lane_max: no such setting; did you mean lanes_max"),
         ('[kafka]\nbootstrap_server = "k:1"', "kafka.bootstrap_server: no such setting; did you mean kafka.bootstrap_servers"),
-        ("CONSUMER_LANES = 3", "CONSUMER_LANES: no such setting; did you mean lanes"),
+        ("CONSUMER_LANES_MAX = 3", "CONSUMER_LANES_MAX: no such setting; did you mean lanes_max"),
         ("grace-seconds = 3", "grace-seconds: no such setting; did you mean grace_seconds"),
         ("zzzzzzzz = 3", "zzzzzzzz: no such setting; remove it; `consumer config` lists the settings"),
-        ('lanes_file = "x"', "lanes_file: no such setting; "),
+        ('lanes_max_file = "x"', "lanes_file: no such setting; "),
         ('"" = 3', ": no such setting; "),
-        ("[lanes]\nx = 1", "lanes.x: no such setting; "),
-        ('lanes = "3"', "lanes: must be a whole number, is text; correct the file"),
-        ("lanes = 2.5", "lanes: must be a whole number, is a fraction; correct the file"),
-        ("lanes = true", "lanes: must be a whole number, is true or false; correct the file"),
+        ("[lanes_max]\nx = 1", "lanes_max.x: no such setting; "),
+        ('lanes_max = "3"', "lanes_max: must be a whole number, is text; correct the file"),
+        ("lanes_max = 2.5", "lanes_max: must be a whole number, is a fraction; correct the file"),
+        ("lanes_max = true", "lanes_max: must be a whole number, is true or false; correct the file"),
         ("grace_seconds = false", "grace_seconds: must be a number, is true or false; "),
         ("postgres_pooler = 1", "postgres_pooler: must be true or false, is a whole number; "),
         ("log_level = 1", "log_level: must be text in quotes, is a whole number; "),
@@ -164,15 +164,15 @@ def test_every_setting_can_be_in_the_file(file: Path) -> None:
         ("redis_url = 10:00:00", "redis_url: must be text in quotes, is a date or a time; "),
         ("[[kafka]]\nx = 1", "kafka: no such setting; "),
         ("postgres_dsn_file = 1", "postgres_dsn_file: must be text in quotes, is a whole number; "),
-        ("lanes = 99", "lanes: Input should be less than or equal to 16; correct the file"),
+        ("lanes_max = 99", "lanes_max: Input should be less than or equal to 16; correct the file"),
         ("grace_seconds = inf", "grace_seconds: Input should be "),
         (f"grace_seconds = {10**400}", "grace_seconds: Input should be "),
         (f"grace_seconds = {'9' * 5000}", "not valid TOML: "),
         ('log_level = "loud"', "log_level: Input should be 'debug', 'info', 'warning' or 'error'; correct the file"),
         ('kafka_client_id = "a\\u0000b"', "kafka_client_id: has a NUL character; remove it"),
-        ('lanes = 3\n[kafka]\nclient_id = "a"\n', None),
+        ('lanes_max = 3\n[kafka]\nclient_id = "a"\n', None),
         ('kafka_client_id = "a"\n[kafka]\nclient_id = "b"', "kafka.client_id is given twice, also as kafka_client_id; remove one"),
-        ("lanes = 3\nlanes = 4", "not valid TOML: "),
+        ("lanes_max = 3\nlanes = 4", "not valid TOML: "),
         (f'postgres_dsn = "{DSN}', "not valid TOML: "),
         (f"postgres_dsn = {SECRET}", "not valid TOML: "),
         (f"x = {'[' * 100_000}", "not valid TOML: "),
@@ -188,11 +188,11 @@ def test_a_wrong_file_is_one_line_that_names_the_key(file: Path, text: str, says
 
 
 def test_a_key_that_a_flag_overrides_is_checked_too(file: Path) -> None:
-    assert "must be a whole number" in refusal(written(file, 'lanes = "3"'), lanes=3)
+    assert "must be a whole number" in refusal(written(file, 'lanes_max = "3"'), lanes_max=3)
 
 
 def test_a_file_that_is_not_utf8_is_refused(file: Path) -> None:
-    file.write_bytes(b"lanes = 3 # \xff")
+    file.write_bytes(b"lanes_max = 3 # \xff")
     assert refusal(str(file)) == f"{file}: not UTF-8; save it as UTF-8"
 
 
@@ -280,15 +280,13 @@ def test_flag_and_environment_win_over_a_secret_file(file: Path, monkeypatch: py
 
 
 def test_other_settings_have_no_variable_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONSUMER_LANES_FILE", "/missing")  # as any unknown variable
-    assert load().lanes == 2
+    monkeypatch.setenv("CONSUMER_LANES_MAX_FILE", "/missing")  # as any unknown variable
+    assert load().lanes_max == 4
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------
 
-SHOW = (
-    "from consumer.settings import load; s = load(); print(s.lanes, s.workers, s.dsn, s.redis_url.get_secret_value())"
-)
+SHOW = "from consumer.settings import load; s = load(); print(s.lanes_max, s.workers, s.dsn, s.redis_url.get_secret_value())"
 
 
 def shown_by_child(environment: dict[str, str]) -> str:
@@ -307,7 +305,7 @@ def test_child_process_has_settings_but_no_file_secret_in_its_environment(
     path = file.with_name("secret")
     path.write_text(DSN)
     monkeypatch.chdir(file.parent)
-    monkeypatch.setenv("CONSUMER_CONFIG", written(file, 'lanes = 5\nredis_url = "redis://r"'))
+    monkeypatch.setenv("CONSUMER_CONFIG", written(file, 'lanes_max = 5\nredis_url = "redis://r"'))
     monkeypatch.setenv("CONSUMER_POSTGRES_DSN_FILE", "secret")
     monkeypatch.setenv("consumer_workers", "2")
     settings = load(workers=4)
@@ -360,14 +358,14 @@ def test_config_shows_sources_and_masks_secrets(file: Path) -> None:
         "CONSUMER_POSTGRES_DSN": DSN,
         "A_DSN": DSN,
     }
-    result = consumer(file.parent, "config", "sharded:app", "--lanes", "3", "--json", **environment)
+    result = consumer(file.parent, "config", "sharded:app", "--lanes-max", "3", "--json", **environment)
     assert (result.returncode, result.stderr) == (0, "")
     assert SECRET not in result.stdout
     answer = json.loads(result.stdout)
     assert (answer["config_file"], answer["app"]) == (str(file), "sharded")
     assert list(answer["settings"]) == list(Settings.model_fields)
     rows = {name: tuple(row.values()) for name, row in answer["settings"].items()}
-    assert rows["lanes"] == (3, "flag", "--lanes", None)
+    assert rows["lanes_max"] == (3, "flag", "--lanes-max", None)
     assert rows["kafka_sasl_username"] == ("bob", "file", "kafka.sasl.username", None)
     assert rows["kafka_sasl_password"] == ("***", "file", "kafka.sasl.password", None)
     assert rows["postgres_dsn"] == ("***", "environment", "CONSUMER_POSTGRES_DSN", None)

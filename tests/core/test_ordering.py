@@ -90,6 +90,7 @@ ORDERS: dict[str, Sequence[Order]] = {"pay": ("key", "partition"), "ship": ("non
 PARKED_MAX = 6
 HANDLERS_MAX = 2
 BATCH_MAX = 8
+FLIGHTS_MAX = 3
 
 
 @dataclass
@@ -107,12 +108,24 @@ class Model:
     settled: set[Name] = field(default_factory=set)
 
 
-class LaneMachine(RuleBasedStateMachine):
-    """Takes and settles batches as transaction/apply.py does.
+@dataclass
+class Flight:
+    """A batch in flight.
 
     A message behind a failed one of its unit of order is not run. That holds over all parts of a batch that was cut, too:
     `blocked` lives as long as the batch.
     """
+
+    batch: Batch
+    parts: list[Batch]  # the next one last
+    blocked: set[Hashable] = field(default_factory=set)
+
+
+flights = st.integers(0, FLIGHTS_MAX - 1)
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """Takes and settles batches as transaction/apply.py does, several at a time."""
 
     @initialize()
     def begin(self) -> None:
@@ -120,8 +133,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.lane = Scheduler(self.handlers, PARKED_MAX)
         self.models = {partition: Model() for partition in (P0, P1, Q0)}
         self.now = 0.0
-        self.parts: list[Batch] = []  # of the batch in flight, the next one last
-        self.blocked: set[Hashable] = set()
+        self.flights: list[Flight] = []
 
     # What happens outside: the log grows, the client fetches, time passes.
 
@@ -182,7 +194,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     # Partitions come and go, between batches.
 
-    @precondition(lambda self: not self.parts)
+    @precondition(lambda self: not self.flights)
     @rule(at=st.sampled_from([P0, P1, Q0]), back=st.sampled_from([0, 0, 0, 3]))
     def a_partition_is_opened_or_opened_again(self, at: Partition, back: int) -> None:
         model = self.models[at]
@@ -192,7 +204,7 @@ class LaneMachine(RuleBasedStateMachine):
         model.opened_at = model.received = model.taken = model.stored = position
         model.settled.clear()
 
-    @precondition(lambda self: not self.parts)
+    @precondition(lambda self: not self.flights)
     @rule(at=st.sampled_from([P0, P1, Q0]))
     def a_partition_is_closed(self, at: Partition) -> None:
         self.lane.revoke(at)
@@ -200,34 +212,40 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.lane.received(at) is None
         assert at not in self.lane.partitions
 
-    @precondition(lambda self: self.parts)
-    @rule()
-    def a_batch_in_flight_is_lost_and_all_is_read_again(self) -> None:
-        self.parts.clear()
-        for at, model in self.models.items():
-            if model.is_open:
-                self.a_partition_is_opened_or_opened_again(at, 0)
+    @precondition(lambda self: self.flights)
+    @rule(number=flights)
+    def a_batch_in_flight_is_lost_and_its_partitions_are_read_again(self, number: int) -> None:
+        flight = self.flights.pop(number % len(self.flights))
+        for at in flight.batch.partition_epochs:
+            self.a_partition_is_opened_or_opened_again(at, 0)
+        self.lane.finish(flight.batch)
 
     # Batches go out and are settled, whole or in halves.
 
-    @precondition(lambda self: not self.parts)
+    @precondition(lambda self: len(self.flights) < FLIGHTS_MAX)
     @rule(messages_max=st.integers(1, 8), bytes_max=st.sampled_from([1, 50, LARGE]))
     def a_batch_is_taken(self, messages_max: int, bytes_max: int) -> None:
         due = self.lane.next_due()
         full = {partition for partition in self.models if self.lane.is_full(partition)}
+        in_flight = {partition for flight in self.flights for partition in flight.batch.partition_epochs}
         buffered = {partition for partition, model in self.models.items() if model.is_open and self.fetched(model)}
+        assert self.lane.has_more == bool(buffered - full - in_flight)
         batch = self.lane.take(self.now, messages_max, bytes_max)
         if due is not None and due <= self.now:
             assert batch is not None, "a retry that is due is held up"
-        elif buffered - full:
+        elif buffered - full - in_flight:
             assert batch is not None, "keys that did not fail are delayed"
-        elif full:
+        elif full - in_flight:
             assert batch is not None or due is not None, "nothing will ever make room"
         assert batch is None or not full & batch.ends.keys(), "records were taken although enough are parked"
         if batch is not None:
             assert len(batch.deliveries) < messages_max + HANDLERS_MAX
+            touched = {*batch.ends, *(delivery.partition for delivery in batch.deliveries)}
+            assert batch.partition_epochs.keys() == touched
+            assert not touched & in_flight, "two batches at a time of one partition"
             self.check_what_was_taken(batch)
-            self.parts, self.blocked = [batch], set()
+            self.lane.begin(batch)
+            self.flights.append(Flight(batch, [batch]))
 
     def check_what_was_taken(self, batch: Batch) -> None:
         """Check that a delivery is taken unless its unit of order waits."""
@@ -261,31 +279,38 @@ class LaneMachine(RuleBasedStateMachine):
             if (handler.name, record.offset) not in model.settled
         ]
 
-    @precondition(lambda self: self.parts and len(self.parts[-1].deliveries) > 1)
-    @rule()
-    def a_part_is_cut_in_halves(self) -> None:
-        whole = self.parts.pop()
+    @precondition(lambda self: self.flights)
+    @rule(number=flights)
+    def a_part_is_cut_in_halves(self, number: int) -> None:
+        parts = self.flights[number % len(self.flights)].parts
+        if len(parts[-1].deliveries) < 2:
+            return
+        whole = parts.pop()
         head, tail = whole.split()
         assert head.deliveries + tail.deliveries == whole.deliveries
         assert head.deliveries and tail.deliveries
-        self.parts += [tail, head]
+        parts += [tail, head]
 
-    @precondition(lambda self: self.parts)
-    @rule(failing=st.sets(st.integers(0, 15), max_size=6), delay=st.sampled_from([0.0, 1.0, 5.0]))
-    def a_part_is_settled(self, failing: set[int], delay: float) -> None:
-        part = self.parts.pop()
+    @precondition(lambda self: self.flights)
+    @rule(number=flights, failing=st.sets(st.integers(0, 15), max_size=6), delay=st.sampled_from([0.0, 1.0, 5.0]))
+    def a_part_is_settled(self, number: int, failing: set[int], delay: float) -> None:
+        flight = self.flights[number % len(self.flights)]
+        part = flight.parts.pop()
         parked: dict[Delivery, float] = {}
         for number, delivery in enumerate(part.deliveries):
-            if delivery.ordering_key() in self.blocked:
+            if delivery.ordering_key() in flight.blocked:
                 parked[delivery] = self.now
             elif number in failing:
                 parked[delivery] = self.now + delay
-                self.blocked.add(delivery.ordering_key())
+                flight.blocked.add(delivery.ordering_key())
             else:
                 self.apply(delivery)
         moves = self.lane.position_updates(part, parked)
         assert moves == self.lane.position_updates(part, parked), "asking for the moves changes nothing"
         self.lane.settle(part, parked, moves)
+        if not flight.parts:
+            self.flights.remove(flight)
+            self.lane.finish(flight.batch)
         for move in moves:
             assert move.previous == self.models[move.partition].stored
             assert move.next > move.previous, "a position goes back"
@@ -317,14 +342,14 @@ class LaneMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_parked_is_what_was_taken_and_is_not_settled(self) -> None:
-        if hasattr(self, "lane") and not self.parts:
+        if hasattr(self, "lane") and not self.flights:
             opened = [(at, model) for at, model in self.models.items() if model.is_open]
             assert self.lane.delayed == sum(len(self.unsettled(at, model.taken)) for at, model in opened)
             assert self.lane.delayed == 0 or self.lane.next_due() is not None or self.lane.take(-1.0, 0, 0) is None
 
     @invariant()
     def what_is_parked_of_a_partition_is_bounded_beside_the_batch_that_failed(self) -> None:
-        if hasattr(self, "lane") and not self.parts:
+        if hasattr(self, "lane") and not self.flights:
             for at, model in self.models.items():
                 if model.is_open:
                     parked = len(self.unsettled(at, model.taken))
@@ -333,7 +358,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_fetched_is_what_was_received_and_is_not_taken(self) -> None:
-        if hasattr(self, "lane") and not self.parts:
+        if hasattr(self, "lane") and not self.flights:
             waiting = [
                 record
                 for model in self.models.values()
@@ -348,12 +373,12 @@ class LaneMachine(RuleBasedStateMachine):
         if not hasattr(self, "lane"):
             return
         for _ in range(10_000):
-            while self.parts:
-                self.a_part_is_settled(set(), 0)
+            while self.flights:
+                self.a_part_is_settled(0, set(), 0)
             for at in self.models:
                 self.records_are_fetched(at, 8, 0)
             self.a_batch_is_taken(5, LARGE)
-            if not self.parts:
+            if not self.flights:
                 due = self.lane.next_due()
                 if due is None:
                     break
@@ -363,6 +388,7 @@ class LaneMachine(RuleBasedStateMachine):
             raise AssertionError("it never drains")
         assert self.lane.delayed == 0
         assert self.lane.fetched == (0, 0)
+        assert not self.lane.in_flight
         for at, model in self.models.items():
             if model.is_open:
                 assert not self.unsettled(at, model.end)
@@ -884,3 +910,43 @@ def test_retries_wait_for_the_end_of_a_pause_and_wake_no_lane() -> None:
     assert lane.take(9.0, 9, 1 << 20) is None
     lane.paused = frozenset()
     assert offsets(take(lane, now=9.0)) == [1]
+
+
+def test_nothing_is_taken_of_partitions_in_flight() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0), rec(1)])
+    first = take(lane, messages_max=1)
+    lane.begin(first)
+    assert not lane.has_more and lane.take(0, 10, LARGE) is None
+    lane.add(P1, [rec(0, at=P1)])
+    assert lane.has_more
+    other = take(lane)
+    assert other.ends == {P1: 1}
+    lane.begin(other)
+    settle(lane, first)
+    assert lane.take(0, 10, LARGE) is None, "the rest of a batch that was cut may follow"
+    lane.finish(first)
+    assert offsets(take(lane)) == [1]
+
+
+def test_retries_wait_for_the_batch_of_their_partition_and_wake_no_lane() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0, b"a"), rec(1, b"a"), rec(2, b"b")])
+    batch = take(lane)
+    [failed, behind, _] = batch.deliveries
+    settle(lane, batch, {failed: 5.0, behind: 5.0})
+    lane.add(P0, [rec(3, b"c")])
+    other = take(lane)
+    lane.begin(other)
+    assert lane.next_due() is None and lane.take(6.0, 10, LARGE) is None
+    settle(lane, other)
+    lane.finish(other)
+    assert lane.next_due() == 5.0 and offsets(take(lane, now=6.0)) == [0]
+
+
+def test_batch_of_one_partition_stays_current_when_another_is_opened_again() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0)])
+    batch = take(lane)
+    lane.assign(P1, 0)
+    assert lane.is_current(batch)

@@ -485,7 +485,7 @@ async def test_position_moved_back_is_noticed_when_idle_and_when_full(place: Pla
         finally:
             await connection.close()
 
-    settings = place.settings(redis_url=None, lanes=1, buffer_messages_max=100, batch_messages_max=50)
+    settings = place.settings(redis_url=None, lanes_max=1, buffer_messages_max=100, batch_messages_max=50)
     await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(1000)])
     async with working(app, settings) as worker:
 

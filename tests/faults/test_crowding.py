@@ -65,7 +65,7 @@ async def test_too_few_connections_are_shared_and_every_partition_proceeds(
     async def all_of(number: int) -> bool:
         return bool(await looking.fetchval("select count(*) from effects") == number)
 
-    settings = settings_for(as_worker(small.dsn()), kafka.bootstrap_servers, None, lanes=4, batch_messages_max=20)
+    settings = settings_for(as_worker(small.dsn()), kafka.bootstrap_servers, None, lanes_max=4, batch_messages_max=20)
     async with AsyncExitStack() as workers:
         running = [await workers.enter_async_context(working(app(), settings)) for _ in range(3)]
 

@@ -63,7 +63,7 @@ async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled
                     kafka.bootstrap_servers,
                     redis_url,
                     postgres_pooler=True,
-                    lanes=4,
+                    lanes_max=4,
                     precheck_budget_ms=PATIENT_MS,
                 )
                 async with working(app, settings):

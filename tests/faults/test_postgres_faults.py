@@ -507,7 +507,7 @@ async def test_pgbouncer_in_transaction_mode_loses_and_doubles_nothing(
             kafka.bootstrap_servers,
             redis_url,
             postgres_pooler=True,
-            lanes=4,
+            lanes_max=4,
             batch_messages_max=40,
         )
         async with working(app, settings):

@@ -361,8 +361,8 @@ async def test_workers_drop_generations_that_the_log_no_longer_holds(
     topic = await place.topic(2)
     other = app_of(topic, f"{topic}-other")
     app = app_of(topic)
-    settings = place.settings(ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0, lanes=1)
-    await consume_all(other, place.settings(lanes=1))  # which keeps its rows for ever
+    settings = place.settings(ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0, lanes_max=1)
+    await consume_all(other, place.settings(lanes_max=1))  # which keeps its rows for ever
 
     def logged(text: str) -> Any:
         async def is_there() -> bool:

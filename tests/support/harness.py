@@ -179,8 +179,8 @@ async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator
 
 def buffered(worker: Worker) -> tuple[int, int]:
     """Messages and bytes that wait in a worker to be taken."""
-    waiting = [lane.scheduler.fetched for lane in worker.lanes]
-    return sum(lane_counts[0] for lane_counts in waiting), sum(lane_counts[1] for lane_counts in waiting)
+    waiting = [shard.scheduler.fetched for shard in worker.shards]
+    return sum(messages for messages, _ in waiting), sum(size for _, size in waiting)
 
 
 def fetched(worker: Worker) -> int:

@@ -34,7 +34,7 @@ async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place:
         await tx.execute("update accounts set balance = balance - 1 where id = $1", first)
         await tx.execute("update accounts set balance = balance + 1 where id = $1", second)
 
-    settings = place.settings(lanes=4, batch_messages_max=200)
+    settings = place.settings(lanes_max=4, batch_messages_max=200)
     async with working(app, settings) as worker:
         turns = [CountedTurns() for _ in worker.lanes]
         for lane, counted in zip(worker.lanes, turns, strict=True):
@@ -55,7 +55,7 @@ async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(plac
     async def note(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into effects values ($1, 1, 1)", str(body["n"]))
 
-    settings = place.settings(lanes=1, batch_messages_max=1, postgres_lock_timeout_seconds=0.5)
+    settings = place.settings(lanes_max=1, batch_messages_max=1, postgres_lock_timeout_seconds=0.5)
     slow = await asyncpg.connect(place.dsn)
     try:
         async with working(app, settings) as worker:
@@ -80,7 +80,7 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
     async def add(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update accounts set balance = balance + 1 where id = $1", body["n"])
 
-    settings = place.settings(lanes=1, postgres_lock_timeout_seconds=0.2)
+    settings = place.settings(lanes_max=1, postgres_lock_timeout_seconds=0.2)
     other = await asyncpg.connect(place.dsn)
     try:
         async with other.transaction():

@@ -456,7 +456,7 @@ async def test_buffers_are_bounded_in_messages_and_in_bytes(place: Place) -> Non
     size = 20_000
     await place.send(topic, *[Sent(bytes(size), id=str(n)) for n in range(600)])  # 12 MB
     settings = place.settings(
-        lanes=1, buffer_bytes_max=1_000_000, batch_bytes_max=100_000, kafka_partition_fetch_bytes_max=200_000
+        lanes_max=1, buffer_bytes_max=1_000_000, batch_bytes_max=100_000, kafka_partition_fetch_bytes_max=200_000
     )
     async with working(app, settings) as worker:
         await called.wait()

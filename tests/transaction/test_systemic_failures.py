@@ -263,7 +263,7 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
     async with working(app, place.settings()) as worker:
 
         async def many() -> bool:
-            heads = [head for lane in worker.lanes for head, _, _ in lane.scheduler.waiting()]
+            heads = [head for shard in worker.shards for head, _, _ in shard.scheduler.waiting()]
             return len(heads) == 160 and all(head.reruns >= 5 for head in heads)
 
         await until("all to have failed five times", many, 60)
@@ -335,12 +335,14 @@ async def test_waiting_for_another_topic_does_not_delay_that_topic(place: Place)
     names = [f"p{n}" for n in range(600)]
     await execute(place.dsn, "create index on effects (id)")
     await place.send(shipped, *map(payment, names))
-    settings = place.settings(parked_messages_max=100, lanes=1)
+    settings = place.settings(parked_messages_max=100, lanes_max=1)
     async with working(app, settings) as worker:
 
         async def is_full() -> bool:
             return any(
-                lane.scheduler.is_full(partition) for lane in worker.lanes for partition in lane.scheduler.partitions
+                shard.scheduler.is_full(partition)
+                for shard in worker.shards
+                for partition in shard.scheduler.partitions
             )
 
         await until("the partition to be full", is_full)

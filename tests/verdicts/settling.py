@@ -81,7 +81,7 @@ async def settle(servers: Servers, case: Case, dsn: str, topics: list[str], conn
     for table in case.tables:
         for statement in (*table.ddl, *table.seeds):
             await connection.execute(statement)
-    settings = servers.settings(dsn, lanes=case.lanes, batch_messages_max=case.batch)
+    settings = servers.settings(dsn, lanes_max=case.lanes, batch_messages_max=case.batch)
     began = int(time.time() * 1000) - 600_000
     events = list(case.history)
     while events:

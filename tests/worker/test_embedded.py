@@ -150,8 +150,8 @@ async def test_settings_that_are_none_are_refused_with_one_line() -> None:
     with pytest.raises(Misconfigured, match=r"^Settings: no setting 'kafka_server'") as raised:
         Settings(kafka_server="localhost")
     assert "\n" not in str(raised.value)
-    with pytest.raises(Misconfigured, match=r"^CONSUMER_LANES: Input should be a valid integer"):
-        Settings(lanes="many")
+    with pytest.raises(Misconfigured, match=r"^CONSUMER_LANES_MAX: Input should be a valid integer"):
+        Settings(lanes_max="many")
 
 
 async def test_a_service_that_is_missing_is_an_error_at_the_start(place: Place) -> None:

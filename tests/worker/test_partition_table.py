@@ -315,4 +315,4 @@ def test_transitions_of_a_partition_that_is_not_assigned_do_nothing(table: Parti
     assert table.want(P1, 0) is None and table.advance(P1, 5) is None
     assert table.refuse(P1, out_of_range=True) == [] and table.close("", P1) == []
     table.settled("", P1, 5)
-    assert table.state(P1) is None and table.number(P1) is None and len(table) == 1
+    assert table.state(P1) is None and len(table) == 1

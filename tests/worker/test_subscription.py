@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from consumer import App
 from consumer.core.message import Partition
+from consumer.core.ordering import Scheduler
 from consumer.kafka.internals import ClientControl
 from consumer.settings import Settings
 from consumer.transaction.result import LedgerIds
@@ -31,23 +32,23 @@ def app_of(*names: str) -> App:
 
 
 def shard_of(app: App) -> Shard:
-    shard = Shard("", Settings(), LedgerIds(app.name, {}))
+    by_topic = app.by_topic()
+    shard = Shard("", Settings(), LedgerIds(app.name, {}), Scheduler(by_topic, 1), by_topic=by_topic)
     shard.by_name |= app.handlers
-    shard.by_topic |= app.by_topic()
     return shard
 
 
 def test_new_topics_get_their_handlers_once() -> None:
     app, calls = app_of(), list[None]()
     shard = shard_of(app)
-    lanes_view = shard.by_topic  # the lanes hold this object
+    schedulers_view = shard.by_topic  # the scheduler holds this object
     subscription = Subscription(app, [shard], lambda: calls.append(None))
     subscription.joined(["payments.us"])
     assert not calls
     subscription.joined(["payments.us", "payments.eu"])
     subscription.joined(["payments.us", "payments.eu"])
     assert calls == [None]
-    assert {topic: [handler.name for handler in handlers] for topic, handlers in lanes_view.items()} == {
+    assert {topic: [handler.name for handler in handlers] for topic, handlers in schedulers_view.items()} == {
         "payments.us": ["settle", "count"],
         "payments.eu": ["settle"],
     }

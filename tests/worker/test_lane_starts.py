@@ -1,0 +1,105 @@
+"""When a further lane takes a batch: only when the others leave it something, or are at work for long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from consumer.worker.lane_starts import PATIENCE_SECONDS, LaneStarts
+
+pytestmark = pytest.mark.unit
+
+
+@dataclass
+class FakeTimer:
+    seconds: float
+    callback: Callable[[], None]
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+@dataclass
+class FakeLane:
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Group:
+    """Four lanes and their timers."""
+
+    def __init__(self) -> None:
+        self.timers: list[FakeTimer] = []
+        self.lanes = [FakeLane() for _ in range(4)]
+        self.starts = LaneStarts(self.call_later)
+        self.starts.connect(self.lanes)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> FakeTimer:
+        self.timers.append(FakeTimer(seconds, callback))
+        return self.timers[-1]
+
+    def woken(self) -> list[int]:
+        """Return the lanes woken since the last time."""
+        numbers = [number for number, lane in enumerate(self.lanes) if lane.wake.is_set()]
+        for lane in self.lanes:
+            lane.wake.clear()
+        return numbers
+
+
+@pytest.fixture
+def group() -> Group:
+    return Group()
+
+
+def test_records_wake_the_first_lane_alone(group: Group) -> None:
+    group.starts.wake()
+    assert group.woken() == [0] and group.starts.may_begin
+
+
+def test_lane_that_took_all_lets_no_other_begin_until_its_patience_ends(group: Group) -> None:
+    group.starts.began(0, leaves_more=False)
+    group.starts.wake()
+    assert group.woken() == [] and not group.starts.may_begin
+    [timer] = group.timers
+    assert timer.seconds == PATIENCE_SECONDS
+    timer.callback()
+    assert group.woken() == [1] and group.starts.may_begin
+    group.starts.wake()
+    assert group.woken() == [1], "it may have found nothing before"
+
+
+def test_lane_that_left_messages_wakes_another_at_once(group: Group) -> None:
+    group.starts.began(0, leaves_more=True)
+    assert group.woken() == [1] and group.starts.may_begin and not group.timers
+    group.starts.began(1, leaves_more=True)
+    group.starts.began(2, leaves_more=False)
+    assert group.woken() == [2] and not group.starts.may_begin
+
+
+def test_lane_that_ends_within_its_patience_stops_its_timer(group: Group) -> None:
+    group.starts.began(0, leaves_more=False)
+    group.starts.ended(0)
+    assert group.timers[0].is_cancelled and group.starts.may_begin
+    group.starts.wake()
+    assert group.woken() == [0]
+
+
+def test_the_last_lane_to_begin_decides_for_the_next(group: Group) -> None:
+    group.starts.began(0, leaves_more=True)
+    group.starts.began(1, leaves_more=False)
+    group.woken()
+    group.starts.ended(0)
+    assert not group.starts.may_begin, "lane 1 may still take what waits when it ends"
+    group.timers[0].callback()
+    assert group.woken() == [0]
+
+
+def test_no_lane_is_woken_when_all_are_at_work(group: Group) -> None:
+    for number in range(4):
+        group.starts.began(number, leaves_more=True)
+    group.woken()
+    group.starts.wake()
+    assert group.woken() == []
