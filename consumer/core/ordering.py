@@ -226,16 +226,20 @@ class Scheduler:
 
     # -- batches go out ---------------------------------------------------------------------------------------------
 
-    def take(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+    def take(self, now: float, messages_max: int, bytes_max: int, partitions_max: int | None = None) -> Batch | None:
         """Return the next batch, or None.
 
-        Retries that are due and fresh messages take turns, so that neither waits for ever.
+        Retries that are due and fresh messages take turns, so that neither waits for ever. partitions_max: of how many
+        partitions it may be (None: all).
         """
         self._retried_last = not self._retried_last
         first, second = (
             (self._take_retries, self._take_fresh) if self._retried_last else (self._take_fresh, self._take_retries)
         )
-        return first(now, messages_max, bytes_max) or second(now, messages_max, bytes_max)
+        partitions_max = len(self._queues) if partitions_max is None else partitions_max
+        return first(now, messages_max, bytes_max, partitions_max) or second(
+            now, messages_max, bytes_max, partitions_max
+        )
 
     def begin(self, batch: Batch) -> None:
         """Take nothing of the batch's partitions until `finish`.
@@ -260,21 +264,21 @@ class Scheduler:
         """Return the partitions of which nothing is taken now."""
         return self.paused.union(self.in_flight) if self.in_flight else self.paused
 
-    def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+    def _take_retries(self, now: float, messages_max: int, bytes_max: int, partitions_max: int) -> Batch | None:
         retries: list[Delivery] = []
         closed = self._closed()
+        epochs: dict[Partition, int] = {}
         for key, due in self._due.items():
-            if (
-                due <= now
-                and bytes_max > 0
-                and len(retries) < messages_max
-                and not (closed and self._delayed[key][0].partition in closed)
-            ):
+            if due > now or bytes_max <= 0 or len(retries) >= messages_max:
+                continue
+            partition = self._delayed[key][0].partition
+            if partition not in closed and (partition in epochs or len(epochs) < partitions_max):
+                epochs[partition] = self._queues[partition].epoch
                 retries.append(self._delayed[key][0])
                 bytes_max -= size_of(retries[-1].record)
-        return Batch(retries, {}, self._epochs_of(retries)) if retries else None
+        return Batch(retries, {}, epochs) if retries else None
 
-    def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+    def _take_fresh(self, now: float, messages_max: int, bytes_max: int, partitions_max: int) -> Batch | None:
         closed = self._closed()
         deliveries = self._take_ready(messages_max, closed)
         freed = len(deliveries)
@@ -296,6 +300,8 @@ class Scheduler:
                 segments.append((partition, begin, len(deliveries)))
             if not queue.fetched and queue.received > queue.frontier:
                 ends[partition] = queue.received
+            if len(segments) == partitions_max:
+                break
         if ends and not is_taken:
             if now < self._idle_batch_after:
                 return None

@@ -104,10 +104,16 @@ class LaneRunner:
         settings, shard = self.services.settings, self.lane.shard
         if not self._table.has_assignment or self.services.lifetime.is_stopping or not shard.starts.may_begin:
             return None
-        batch = shard.scheduler.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+        scheduler = shard.scheduler
+        batch = scheduler.take(
+            time.monotonic(),
+            settings.batch_messages_max,
+            settings.batch_bytes_max,
+            shard.starts.partitions_max(len(scheduler.partitions)),
+        )
         if batch is not None:
-            shard.scheduler.begin(batch)
-            shard.starts.began(self.lane.number, leaves_more=shard.scheduler.has_more)
+            scheduler.begin(batch)
+            shard.starts.began(self.lane.number, leaves_more=scheduler.has_more)
         return batch
 
     async def _wait(self) -> None:

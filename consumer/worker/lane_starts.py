@@ -3,7 +3,8 @@
 A lane that ends its batch takes everything that waits: with one lane at work, transactions are few and latency is low. A
 further lane helps when there is more than one batch holds, or when a batch takes long: then one computes while another
 waits for PostgreSQL. So a further lane begins when the last one to begin has left messages behind, or is at work for
-PATIENCE_SECONDS. Measured with two and four lanes that always begin: docs/explanation/decisions/speed.md.
+PATIENCE_SECONDS. And while batches take so long, each takes only its lane's share of the partitions: otherwise one slow
+batch would hold the partitions of all lanes. Measured with two and four lanes that always begin: docs/explanation/decisions/speed.md.
 """
 
 from __future__ import annotations
@@ -42,28 +43,36 @@ class LaneStarts:
         self._call_later = call_later
         self._lanes: Sequence[Lane] = ()
         self._at_work: dict[int, Timer | None] = {}  # the timer: until a further lane may begin
+        self._leaves_more: set[int] = set()  # the lanes at work that left messages behind
+        self._is_slow = True  # the last batch outlasted the patience; until one has ended, nothing is known
 
     def connect(self, lanes: Sequence[Lane]) -> None:
         """Set the lanes of the database."""
         self._lanes = lanes
 
+    def partitions_max(self, assigned: int) -> int:
+        """Return of how many partitions the next batch may be, of those assigned."""
+        return -(-assigned // len(self._lanes)) if self._is_slow else assigned
+
     @property
     def may_begin(self) -> bool:
         """Whether a lane that is not at work may take a batch now."""
-        return all(timer is None for timer in self._at_work.values())
+        return all(timer is None or lane in self._leaves_more for lane, timer in self._at_work.items())
 
     def began(self, lane: int, *, leaves_more: bool) -> None:
         """Note that a lane has taken a batch. leaves_more: it has left messages that another lane may take."""
+        self._at_work[lane] = self._call_later(PATIENCE_SECONDS, lambda: self._patience_ends(lane))
         if leaves_more:
-            self._let_begin(lane)
-        else:
-            self._at_work[lane] = self._call_later(PATIENCE_SECONDS, lambda: self._let_begin(lane))
+            self._leaves_more.add(lane)
+            self.wake()
 
     def ended(self, lane: int) -> None:
         """Note that a lane has no batch any more; it looks for the next one itself."""
+        self._leaves_more.discard(lane)
         timer = self._at_work.pop(lane)
         if timer is not None:
             timer.cancel()
+            self._is_slow = False
 
     def wake(self) -> None:
         """Wake a lane to look for a batch, unless one at work may still take what waits."""
@@ -73,6 +82,7 @@ class LaneStarts:
                     lane.wake.set()
                     return
 
-    def _let_begin(self, lane: int) -> None:
+    def _patience_ends(self, lane: int) -> None:
         self._at_work[lane] = None
+        self._is_slow = True
         self.wake()

@@ -223,14 +223,18 @@ class LaneMachine(RuleBasedStateMachine):
     # Batches go out and are settled, whole or in halves.
 
     @precondition(lambda self: len(self.flights) < FLIGHTS_MAX)
-    @rule(messages_max=st.integers(1, 8), bytes_max=st.sampled_from([1, 50, LARGE]))
-    def a_batch_is_taken(self, messages_max: int, bytes_max: int) -> None:
+    @rule(
+        messages_max=st.integers(1, 8),
+        bytes_max=st.sampled_from([1, 50, LARGE]),
+        partitions_max=st.sampled_from([1, 2, 3]),
+    )
+    def a_batch_is_taken(self, messages_max: int, bytes_max: int, partitions_max: int) -> None:
         due = self.lane.next_due()
         full = {partition for partition in self.models if self.lane.is_full(partition)}
         in_flight = {partition for flight in self.flights for partition in flight.batch.partition_epochs}
         buffered = {partition for partition, model in self.models.items() if model.is_open and self.fetched(model)}
         assert self.lane.has_more == bool(buffered - full - in_flight)
-        batch = self.lane.take(self.now, messages_max, bytes_max)
+        batch = self.lane.take(self.now, messages_max, bytes_max, partitions_max)
         if due is not None and due <= self.now:
             assert batch is not None, "a retry that is due is held up"
         elif buffered - full - in_flight:
@@ -377,7 +381,7 @@ class LaneMachine(RuleBasedStateMachine):
                 self.a_part_is_settled(0, set(), 0)
             for at in self.models:
                 self.records_are_fetched(at, 8, 0)
-            self.a_batch_is_taken(5, LARGE)
+            self.a_batch_is_taken(5, LARGE, 3)
             if not self.flights:
                 due = self.lane.next_due()
                 if due is None:
@@ -942,6 +946,27 @@ def test_retries_wait_for_the_batch_of_their_partition_and_wake_no_lane() -> Non
     settle(lane, other)
     lane.finish(other)
     assert lane.next_due() == 5.0 and offsets(take(lane, now=6.0)) == [0]
+
+
+def test_batch_of_few_partitions_leaves_the_others_to_another_lane() -> None:
+    lane = lane_of(at=(P0, P1, Q0))
+    for at in (P0, P1, Q0):
+        lane.add(at, [rec(0, at=at)])
+    first = lane.take(0, 10, LARGE, 2)
+    assert first is not None and first.ends == {P0: 1, P1: 1}
+    lane.begin(first)
+    second = lane.take(0, 10, LARGE, 2)
+    assert second is not None and second.ends == {Q0: 1}
+
+
+def test_batch_of_retries_is_of_few_partitions_too() -> None:
+    lane = lane_of(at=(P0, P1))
+    for at in (P0, P1):
+        lane.add(at, [rec(0, b"a", at), rec(1, b"b", at)])
+    batch = take(lane)
+    settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
+    retries = lane.take(2.0, 10, LARGE, 1)
+    assert retries is not None and retries.partition_epochs.keys() == {P0} and len(retries.deliveries) == 2
 
 
 def test_batch_of_one_partition_stays_current_when_another_is_opened_again() -> None:

@@ -73,7 +73,7 @@ def test_lane_that_took_all_lets_no_other_begin_until_its_patience_ends(group: G
 
 def test_lane_that_left_messages_wakes_another_at_once(group: Group) -> None:
     group.starts.began(0, leaves_more=True)
-    assert group.woken() == [1] and group.starts.may_begin and not group.timers
+    assert group.woken() == [1] and group.starts.may_begin
     group.starts.began(1, leaves_more=True)
     group.starts.began(2, leaves_more=False)
     assert group.woken() == [2] and not group.starts.may_begin
@@ -93,7 +93,7 @@ def test_the_last_lane_to_begin_decides_for_the_next(group: Group) -> None:
     group.woken()
     group.starts.ended(0)
     assert not group.starts.may_begin, "lane 1 may still take what waits when it ends"
-    group.timers[0].callback()
+    group.timers[1].callback()
     assert group.woken() == [0]
 
 
@@ -103,3 +103,18 @@ def test_no_lane_is_woken_when_all_are_at_work(group: Group) -> None:
     group.woken()
     group.starts.wake()
     assert group.woken() == []
+
+
+def test_batches_are_of_a_share_of_the_partitions_while_they_take_long(group: Group) -> None:
+    assert group.starts.partitions_max(10) == 3, "nothing is known yet"
+    group.starts.began(0, leaves_more=False)
+    group.starts.ended(0)
+    assert group.starts.partitions_max(10) == 10
+    group.starts.began(0, leaves_more=False)
+    group.timers[1].callback()
+    assert group.starts.partitions_max(10) == 3, "while it lasts"
+    group.starts.ended(0)
+    assert group.starts.partitions_max(10) == 3, "and after it"
+    group.starts.began(0, leaves_more=True)
+    group.starts.ended(0)
+    assert group.starts.partitions_max(10) == 10
