@@ -145,12 +145,12 @@ def test_every_setting_can_be_in_the_file(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("lane_max = 3", "lane_max: no such setting; did you mean lanes_max"),
+        ("lanes = 3", "lanes: no such setting; did you mean lanes_max"),
         ('[kafka]\nbootstrap_server = "k:1"', "kafka.bootstrap_server: no such setting; did you mean kafka.bootstrap_servers"),
         ("CONSUMER_LANES_MAX = 3", "CONSUMER_LANES_MAX: no such setting; did you mean lanes_max"),
         ("grace-seconds = 3", "grace-seconds: no such setting; did you mean grace_seconds"),
         ("zzzzzzzz = 3", "zzzzzzzz: no such setting; remove it; `consumer config` lists the settings"),
-        ('lanes_max_file = "x"', "lanes_file: no such setting; "),
+        ('lanes_max_file = "x"', "lanes_max_file: no such setting; "),
         ('"" = 3', ": no such setting; "),
         ("[lanes_max]\nx = 1", "lanes_max.x: no such setting; "),
         ('lanes_max = "3"', "lanes_max: must be a whole number, is text; correct the file"),
@@ -172,7 +172,7 @@ def test_every_setting_can_be_in_the_file(file: Path) -> None:
         ('kafka_client_id = "a\\u0000b"', "kafka_client_id: has a NUL character; remove it"),
         ('lanes_max = 3\n[kafka]\nclient_id = "a"\n', None),
         ('kafka_client_id = "a"\n[kafka]\nclient_id = "b"', "kafka.client_id is given twice, also as kafka_client_id; remove one"),
-        ("lanes_max = 3\nlanes = 4", "not valid TOML: "),
+        ("lanes_max = 3\nlanes_max = 4", "not valid TOML: "),
         (f'postgres_dsn = "{DSN}', "not valid TOML: "),
         (f"postgres_dsn = {SECRET}", "not valid TOML: "),
         (f"x = {'[' * 100_000}", "not valid TOML: "),
@@ -326,7 +326,7 @@ def test_a_secret_of_a_pipe_reaches_child_processes(file: Path, monkeypatch: pyt
     monkeypatch.setenv("CONSUMER_POSTGRES_DSN_FILE", f"/dev/fd/{out}")
     settings = load(redis_url="redis://r")
     os.close(out)
-    assert shown_by_child(settings.child_environment()) == f"2 1 {DSN} redis://r"
+    assert shown_by_child(settings.child_environment()) == f"4 1 {DSN} redis://r"
 
 
 def test_settings_for_another_database_do_not_keep_the_secret_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
