@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 
 from consumer.core.delivery import Batch, Delivery, PositionUpdate, SavedAttempts, size_of
 from consumer.core.handler import Handler
 from consumer.core.message import Partition, Record
+from consumer.core.partition_queue import PartitionQueue
 
 _DELAYED_BYTES_MIN = 1 << 20  # of a partition
 
@@ -41,27 +41,6 @@ def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[P
 
 def _log_place(delivery: Delivery) -> tuple[str, int, int]:
     return delivery.record.topic, delivery.record.partition, delivery.record.offset
-
-
-@dataclass(slots=True)
-class _PartitionQueue:
-    """One partition of a Scheduler."""
-
-    epoch: int  # counts assignments of partitions to this Scheduler
-    frontier: int  # everything below was taken, and is settled or open
-    position: int  # as this worker last wrote or read it
-    fetched: deque[Record] = field(default_factory=deque)
-    sizes: deque[int] = field(default_factory=deque)  # of `fetched`, in bytes
-    fetched_bytes: int = 0
-    received: int = 0  # offset after the last record added
-    unsettled: dict[int, int] = field(default_factory=dict)  # offset -> deliveries delayed
-    delayed: int = 0  # deliveries, in all
-    delayed_bytes: int = 0
-    # Keys that a dead letter may hold: the handler's number, and the hash of the ordering key.
-    possibly_held: set[tuple[int, bytes]] = field(default_factory=set)
-    # Failures from before a restart, by the handler's number and the offset.
-    saved_attempts: dict[tuple[int, int], SavedAttempts] = field(default_factory=dict)
-    full: bool = False  # until a quarter of what may be delayed is settled: each time, the log is read again
 
 
 class Scheduler:
@@ -85,7 +64,7 @@ class Scheduler:
         self._idle_batch_interval = idle_batch_interval
         self._idle_batch_after = 0.0
         self._retried_last = False
-        self._queues: dict[Partition, _PartitionQueue] = {}
+        self._queues: dict[Partition, PartitionQueue] = {}
         self._ready: deque[Delivery] = deque()  # were behind a failed message, and are free to run now
         self._delayed: dict[Hashable, deque[Delivery]] = {}  # key -> the failed message and those behind it
         self._due: dict[Hashable, float] = {}  # key -> time of the next attempt
@@ -99,7 +78,7 @@ class Scheduler:
         """Begin a partition at `position`, and forget what was known of it."""
         self.revoke(partition)
         self._last_epoch += 1
-        self._queues[partition] = _PartitionQueue(
+        self._queues[partition] = PartitionQueue(
             self._last_epoch, frontier=position, position=position, received=position
         )
 
@@ -325,7 +304,7 @@ class Scheduler:
 
     def _take_fetched(
         self,
-        queue: _PartitionQueue,
+        queue: PartitionQueue,
         handlers: Sequence[Handler],
         deliveries: list[Delivery],
         messages_max: int,
@@ -405,7 +384,7 @@ class Scheduler:
     def _epochs(self) -> dict[Partition, int]:
         return {partition: queue.epoch for partition, queue in self._queues.items()}
 
-    def _current_queue(self, batch: Batch, partition: Partition) -> _PartitionQueue | None:
+    def _current_queue(self, batch: Batch, partition: Partition) -> PartitionQueue | None:
         """Return the partition; None if it was revoked or assigned again since."""
         queue = self._queues.get(partition)
         return queue if queue is not None and queue.epoch == batch.partition_epochs.get(partition) else None
@@ -426,7 +405,7 @@ class Scheduler:
         self._delay(self._queues[delivery.partition], delivery)
         return True
 
-    def _wait_again(self, queue: _PartitionQueue, delivery: Delivery, due: float) -> None:
+    def _wait_again(self, queue: PartitionQueue, delivery: Delivery, due: float) -> None:
         """Delay a message that failed before a restart."""
         if not self._queue_behind(delivery):
             key = delivery.ordering_key()
@@ -459,7 +438,7 @@ class Scheduler:
             and (delivery.handler.number, delivery.ordering_key_hash()) in queue.possibly_held
         ]
 
-    def _delay(self, queue: _PartitionQueue, delivery: Delivery) -> None:
+    def _delay(self, queue: PartitionQueue, delivery: Delivery) -> None:
         if not delivery.delayed:
             delivery.delayed = True
             queue.delayed += 1
@@ -567,7 +546,7 @@ class Scheduler:
                 free.append(delivery)
         self._ready = free
 
-    def _release(self, queue: _PartitionQueue, delivery: Delivery) -> None:
+    def _release(self, queue: PartitionQueue, delivery: Delivery) -> None:
         delivery.delayed = False
         queue.delayed -= 1
         queue.delayed_bytes -= size_of(delivery.record)
