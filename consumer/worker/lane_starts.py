@@ -51,23 +51,26 @@ class LaneStarts:
         self._lanes = lanes
 
     def partitions_max(self, assigned: int) -> int:
-        """Return of how many partitions the next batch may be, of those assigned."""
+        """Return how many of the assigned partitions a batch may hold."""
         return -(-assigned // len(self._lanes)) if self._is_slow else assigned
 
     @property
     def may_begin(self) -> bool:
-        """Whether a lane that is not at work may take a batch now."""
+        """Whether a further lane may take a batch now."""
         return all(timer is None or lane in self._leaves_more for lane, timer in self._at_work.items())
 
     def began(self, lane: int, *, leaves_more: bool) -> None:
-        """Note that a lane has taken a batch. leaves_more: it has left messages that another lane may take."""
+        """Note that a lane has taken a batch.
+
+        leaves_more: it has left messages that another lane may take.
+        """
         self._at_work[lane] = self._call_later(PATIENCE_SECONDS, lambda: self._patience_ends(lane))
         if leaves_more:
             self._leaves_more.add(lane)
             self.wake()
 
     def ended(self, lane: int) -> None:
-        """Note that a lane has no batch any more; it looks for the next one itself."""
+        """Note that a lane has settled its batch, and looks for another."""
         self._leaves_more.discard(lane)
         timer = self._at_work.pop(lane)
         if timer is not None:
@@ -75,7 +78,7 @@ class LaneStarts:
             self._is_slow = False
 
     def wake(self) -> None:
-        """Wake a lane to look for a batch, unless one at work may still take what waits."""
+        """Wake a lane, unless one at work may still take what waits."""
         if self.may_begin:
             for number, lane in enumerate(self._lanes):
                 if number not in self._at_work:

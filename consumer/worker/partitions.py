@@ -167,7 +167,7 @@ class Partitions:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def share_room(self) -> bool:
-        """Pause what there is no room for in the shards' shares of the buffer.
+        """Pause partitions for which no shard has room.
 
         Returns whether something may be read.
         """

@@ -1,4 +1,4 @@
-"""When a further lane takes a batch: only when the others leave it something, or are at work for long."""
+"""A further lane begins when others leave messages, or take long."""
 
 from __future__ import annotations
 

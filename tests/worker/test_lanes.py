@@ -1,4 +1,4 @@
-"""Lanes follow the load, and a slow handler stops only the partitions of its batch."""
+"""Lanes follow the load; a slow handler stops its batch's partitions only."""
 
 from __future__ import annotations
 
