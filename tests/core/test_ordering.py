@@ -916,7 +916,7 @@ def test_retries_wait_for_the_end_of_a_pause_and_wake_no_lane() -> None:
     assert offsets(take(lane, now=9.0)) == [1]
 
 
-def test_nothing_is_taken_of_partitions_in_flight() -> None:
+def test_partition_in_flight_is_not_taken() -> None:
     lane = lane_of(at=(P0, P1))
     lane.add(P0, [rec(0), rec(1)])
     first = take(lane, messages_max=1)

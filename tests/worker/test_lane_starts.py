@@ -97,7 +97,7 @@ def test_the_last_lane_to_begin_decides_for_the_next(group: Group) -> None:
     assert group.woken() == [0]
 
 
-def test_no_lane_is_woken_when_all_are_at_work(group: Group) -> None:
+def test_records_wake_no_lane_when_all_are_at_work(group: Group) -> None:
     for number in range(4):
         group.starts.began(number, leaves_more=True)
     group.woken()

@@ -79,7 +79,7 @@ async def test_one_lane_settles_messages_that_come_one_by_one(place: Place) -> N
         assert [lane.session is not None for lane in worker.lanes] == [True, False, False, False]
 
 
-async def test_further_lanes_begin_beside_slow_ones_and_give_their_connections_back(
+async def test_lanes_begin_beside_slow_ones_and_disconnect_when_spare(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lane_module, "SPARE_CONNECTION_SECONDS", 0.5)
