@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ from harness import (
     consume_all,
     consumer,
     counts,
+    delete_topic,
     is_one_line,
     migrated,
+    new_topic,
     query,
     settings_for,
     until,
     value,
     working,
 )
+from pattern_app import pattern_app
+from worker_log import WorkerLog
 
 from consumer import App, Reject, Tx
 from consumer.core.delivery import Delivery
@@ -353,12 +358,24 @@ async def test_messages_of_a_dropped_generation_are_too_old_to_judge(place: Plac
     assert await place.reasons() == ["too_old", "too_old", "rejected"]
 
 
+async def delete_records(place: Place, topic: str, partitions: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    try:
+        await admin.delete_records(
+            {TopicPartition(topic, n): RecordsToDelete(before_offset=-1) for n in range(partitions)}
+        )
+    finally:
+        await admin.close()
+
+
 async def test_workers_drop_generations_that_the_log_no_longer_holds(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retention, "ROUND_SECONDS_MAX", 0.2)
     caplog.set_level(logging.INFO)
-    topic = await place.topic(2)
+    # The broker's time: a record that is sent late would be older than what was dropped meanwhile.
+    topic = await place.topic(2, **{"message.timestamp.type": "LogAppendTime"})
     other = app_of(topic, f"{topic}-other")
     app = app_of(topic)
     settings = place.settings(ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0, lanes_max=1)
@@ -378,7 +395,10 @@ async def test_workers_drop_generations_that_the_log_no_longer_holds(
 
     number = 0
     async with working(app, settings), working(app, settings):
-        while not await logged("nothing of the ledger is dropped: other applications keep theirs for ever")():
+        while (
+            not number
+            or not await logged("nothing of the ledger is dropped: other applications keep theirs for ever")()
+        ):
             await place.send(topic, *sent(f"a{number}", f"a{number}"))
             number += 1
             await until("it to be applied", applied)
@@ -388,12 +408,7 @@ async def test_workers_drop_generations_that_the_log_no_longer_holds(
             logged("nothing of the ledger is dropped: a log still holds records of that time"),
         )
         assert await has_horizon() is None
-        admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
-        await admin.start()
-        try:
-            await admin.delete_records({TopicPartition(topic, n): RecordsToDelete(before_offset=-1) for n in range(2)})
-        finally:
-            await admin.close()
+        await delete_records(place, topic, 2)
         await until("a generation to go", has_horizon)
         for _ in range(5):
             await place.send(topic, *sent(f"a{number}", f"a{number}"))
@@ -401,9 +416,50 @@ async def test_workers_drop_generations_that_the_log_no_longer_holds(
             await until("it to be applied", applied)
         await until("its table to go", logged("ledger dropped"))
         await connection.execute(f'revoke execute on function consumer.turn(integer) from "{WORKER}"')
+        await delete_records(place, topic, 2)  # which hold back every later step
         await until("the worker to say that it may not", logged("the ledger is not kept short"))
     await connection.close()
     assert [row[0] for row in await place.effects()] == sorted(f"a{n}" for n in range(number))
+
+
+async def test_logs_of_topics_that_appear_later_are_asked_too(
+    place: Place, worker_log: WorkerLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check at the start has not seen them.
+
+    Still no message is applied twice.
+    """
+    monkeypatch.setattr(retention, "ROUND_SECONDS_MAX", 0.2)
+    prefix = f"p-{uuid4().hex[:8]}"
+    app = pattern_app(prefix, prefix, "settle")
+    settings = place.settings(redis_url=None, ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0)
+    [message], before = sent("x"), int(time.time() * 1000)
+    early, late = await new_topic(place.kafka, 1, f"{prefix}.eu"), f"{prefix}.us"
+
+    async def is_forgotten() -> bool:
+        return not await value(place.dsn, "select count(*) from consumer.ledger")
+
+    async def is_applied() -> bool:
+        return bool(await place.effects())
+
+    async def is_judged() -> bool:
+        return bool(await place.reasons())
+
+    async with working(app, settings):
+        await worker_log.wait("patterns match topics", 1, 60)
+        await new_topic(place.kafka, 1, late)
+        await place.send(late, message)
+        held = await worker_log.wait("a log still holds records of that time", 1, 60)
+        assert held[0]["topic"] == late
+        await until("it to be applied", is_applied, 60)
+        assert not await is_forgotten()
+        await delete_topic(place.kafka, late)
+        await until("its row to go", is_forgotten, 60)
+        async with AIOKafkaProducer(bootstrap_servers=place.kafka) as producer:  # a copy, as a mirror makes it
+            await producer.send_and_wait(early, message.value, headers=message.headers, timestamp_ms=before)
+        await until("the copy to be judged", is_judged, 60)
+    assert [row[0] for row in await place.effects()] == ["settle.us x"]
+    assert await place.reasons() == ["too_old"]
 
 
 async def test_contradicting_settings_are_reported_at_start(place: Place, tmp_path: Path) -> None:
