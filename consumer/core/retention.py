@@ -53,7 +53,7 @@ def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int |
 
     Then a won claim proves nothing. A message is applied after it was produced, so dropped rows are of messages from
     before `until_ms`. For a timestamp that is not a time, the offset decides: dropped rows are of records below
-    `below`, the end of what was settled in this log when they were dropped (None: nothing was).
+    `below` in this log (None: no row of it was dropped). Limitation: a duplicate has no row, and may lie beyond.
     """
     if is_time(timestamp_ms):
         return timestamp_ms <= until_ms

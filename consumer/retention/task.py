@@ -259,14 +259,12 @@ class Keeper:
                 if hours is None:
                     self._warn("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
                     return ROUND_SECONDS_MAX
-                topics = sorted(await topic_numbers(connection))
-                skew = settings.ledger_clock_skew_hours
-                stopped = await keep_up(
-                    connection,
-                    policy_of(settings, hours),
-                    lambda at: reaching(self._source, topics, at, skew),
-                    self._done,
-                )
+
+                async def held(at: float) -> list[Partition]:
+                    topics = sorted(await topic_numbers(connection))  # a round may be long, and topics may be new
+                    return await reaching(self._source, topics, at, settings.ledger_clock_skew_hours)
+
+                stopped = await keep_up(connection, policy_of(settings, hours), held, self._done)
                 await effects.forget(connection)
         finally:
             connection.terminate()
