@@ -18,7 +18,6 @@ from harness import Command, new_topic, value
 
 from consumer import App
 
-
 _WARM_SECONDS = 5.0  # of a loop, not counted: connections, first statements, the broker's first requests for a topic
 
 

@@ -112,6 +112,11 @@ create function slow_down() returns trigger language plpgsql security definer as
 create trigger slows after insert on effects
     for each row when (new.amount = 777 and new.handler = 'book') execute function slow_down();
 """
+# The effect of one message takes longer than all of the next messages' transactions.
+_SLOW_EFFECT = """
+create function slow_down() returns trigger language plpgsql as $$ begin perform pg_sleep(0.6); return new; end $$;
+create trigger slows before insert on effects for each row when (new.amount = 777) execute function slow_down();
+"""
 _REMOVE = """
 create function remove_from_outbox(int, bigint) returns void language plpgsql security definer as $$ begin
     delete from consumer.outbox where stream = $1 and seq = $2; end $$;
@@ -145,6 +150,7 @@ SCENARIOS = [
     Scenario("M25", frozenset({"I13"}), publishes=True, die="outbox_sending:1", prepare=_REMOVE),
     Scenario("M26", frozenset({"I13"}), publishes=True),
     Scenario("M27", frozenset({"I2"}), before=[Message(0)], after=[Message(0), Message(1)], redis=False),
+    Scenario("M28", frozenset({"I1", "I5"}), before=[Message(n, f"k{n}", amount=1 if n else 777) for n in range(6)], prepare=_SLOW_EFFECT, settings={"batch_messages_max": 1}),
 ]  # fmt: skip
 
 

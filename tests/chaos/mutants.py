@@ -2,7 +2,7 @@
 
 Each replaces one step of the real consumer. M1 to M13 are known mistakes of other projects; M14 to M23 are mistakes
 that this project made, or nearly made; M24 to M26 are of the outbox (tests/outbox/test_mutants.py has
-three more). A mutant is installed where the application is loaded, when CHAOS_MUTANT names
+three more); M27 and M28 are of what makes the worker fast. A mutant is installed where the application is loaded, when CHAOS_MUTANT names
 it. Nothing here knows how it is caught.
 """
 
@@ -398,6 +398,11 @@ def m27_new_ids_that_may_be_known() -> None:
     replace(
         claim_sql, "_NEW", claim_sql._NEW.replace("order by handler, id", "order by handler, id on conflict do nothing")
     )
+
+
+def m28_lanes_that_share_a_partition() -> None:
+    """A lane takes what follows in a partition that another has in flight."""
+    replace(Scheduler, "begin", lambda self, batch: None)
 
 
 MUTANTS: dict[str, Callable[[], None]] = {
