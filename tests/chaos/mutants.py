@@ -401,7 +401,7 @@ def m27_new_ids_that_may_be_known() -> None:
 
 
 def m28_lanes_that_share_a_partition() -> None:
-    """A lane takes what follows in a partition that another has in flight."""
+    """A lane takes from a partition that another has in flight."""
     replace(Scheduler, "begin", lambda self, batch: None)
 
 
