@@ -12,7 +12,7 @@ SUPPLY := .cache/supply
 DOCS := .cache/docs
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
-AT_A_TIME ?= 3
+AT_A_TIME ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka services chromium pgbouncer prometheus helm pictures docs clean
