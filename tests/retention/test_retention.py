@@ -43,7 +43,7 @@ from worker_log import WorkerLog
 
 from consumer import App, Reject, Tx
 from consumer.core.delivery import Delivery
-from consumer.core.message import LogRecord
+from consumer.core.message import LogRecord, Partition
 from consumer.core.retention import Drop, Forget, RotateGeneration
 from consumer.postgres import generations
 from consumer.postgres.session import Session
@@ -445,9 +445,15 @@ async def test_logs_of_topics_that_appear_later_are_asked_too(
     async def is_judged() -> bool:
         return bool(await place.reasons())
 
-    async with working(app, settings):
+    async with working(app, settings) as worker:
+
+        async def is_read() -> bool:
+            return worker.partitions.table.may_be_read(Partition(late, 0))
+
         await worker_log.wait("patterns match topics", 1, 60)
         await new_topic(place.kafka, 1, late)
+        # From here on its log is asked; before, a record could be older than what was dropped meanwhile.
+        await until("it to be read", is_read, 60)
         await place.send(late, message)
         held = await worker_log.wait("a log still holds records of that time", 1, 60)
         assert held[0]["topic"] == late
