@@ -29,9 +29,9 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus helm ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Few examples for each property, and without the tests that are about many states: `make test` has them.
+# Two processes: each more needs 5 s of CPU time for imports and collection. Few examples for each property, and without the tests that are about many states: `make test` has them.
 unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
-	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
+	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile -m unit --ignore tests/core/test_model.py \
 		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel \
 		--deselect tests/worker/test_partition_table.py::TestTableAgainstItsModel \
 		--deselect tests/replay/test_timeline.py::test_the_calendar_is_right_on_every_day $(ARGS)
