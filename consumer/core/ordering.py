@@ -525,6 +525,7 @@ class Scheduler:
                 waiting = {*(chain or ()), *deliveries}
                 self._delayed[key] = chain = deque(sorted(waiting, key=lambda delivery: delivery.record.offset))
             if chain[0] in delayed:
+                self._due.pop(key, None)  # to the end, so that keys which fail again and again hold up no others
                 self._due[key] = delayed[chain[0]]
         for partition, end in batch.ends.items():
             queue = self._current_queue(batch, partition)

@@ -97,6 +97,7 @@ class LaneRunner:
                 lane.worked_at = time.monotonic()
                 lane.shard.scheduler.finish(batch)
                 lane.shard.starts.ended(lane.number)
+                services.partitions.room.set()  # an idle lane is a reason to read on
             if lane.shard.crowded_until > time.monotonic():
                 await services.connections.give_back(lane, is_idle=False)
 

@@ -55,6 +55,11 @@ class LaneStarts:
         return -(-assigned // len(self._lanes)) if self._is_slow else assigned
 
     @property
+    def has_idle_lane(self) -> bool:
+        """Whether some lane is not at work."""
+        return len(self._at_work) < len(self._lanes)
+
+    @property
     def may_begin(self) -> bool:
         """Whether a further lane may take a batch now."""
         return all(timer is None or lane in self._leaves_more for lane, timer in self._at_work.items())
@@ -75,7 +80,7 @@ class LaneStarts:
         timer = self._at_work.pop(lane)
         if timer is not None:
             timer.cancel()
-            self._is_slow = False
+        self._is_slow = timer is None
 
     def wake(self) -> None:
         """Wake a lane, unless one at work may still take what waits."""

@@ -185,9 +185,10 @@ class Partitions:
     def has_room(self, shard: Shard, partition: Partition) -> bool:
         """Whether records of a partition may wait in a shard.
 
-        Always, if none of it wait: a slow handler, with its partitions' messages in the buffer, stops no other partition.
+        Also in a full buffer if none of its records wait and a lane is idle: a slow handler, with its partitions' messages
+        in the buffer, stops no other partition.
         """
-        return shard.has_room or not shard.scheduler.has_fetched(partition)
+        return shard.has_room or (shard.starts.has_idle_lane and not shard.scheduler.has_fetched(partition))
 
     def read_on(self, partition: Partition) -> None:
         """Read a partition on for the shard that is furthest behind.
@@ -246,5 +247,7 @@ class Partitions:
                     self._source.pause(partition)
                 case Resume(partition):
                     self._source.resume(partition)
+                    self.room.set()  # the fetcher may sleep, since nothing could be read
                 case Seek(partition, offset, topic_id):
                     self._source.seek_and_resume(partition, offset, topic_id)
+                    self.room.set()

@@ -975,3 +975,18 @@ def test_batch_of_one_partition_stays_current_when_another_is_opened_again() -> 
     batch = take(lane)
     lane.assign(P1, 0)
     assert lane.is_current(batch)
+
+
+def test_retries_that_fail_again_hold_up_no_other_partition() -> None:
+    lane = lane_of("none", at=(P0, P1))
+    for at in (P0, P1):
+        lane.add(at, [rec(0, None, at)])
+    batch = take(lane)
+    settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
+    served = []
+    for _ in range(4):
+        retries = lane.take(2.0, 10, LARGE, 1)
+        assert retries is not None
+        served += retries.partition_epochs
+        settle(lane, retries, dict.fromkeys(retries.deliveries, 1.0))
+    assert served == [P0, P1, P0, P1]

@@ -115,6 +115,12 @@ def test_batches_are_of_a_share_of_the_partitions_while_they_take_long(group: Gr
     assert group.starts.partitions_max(10) == 3, "while it lasts"
     group.starts.ended(0)
     assert group.starts.partitions_max(10) == 3, "and after it"
+    group.starts.began(0, leaves_more=False)
+    group.timers[2].callback()
+    group.starts.began(1, leaves_more=False)
+    group.starts.ended(1)
+    group.starts.ended(0)
+    assert group.starts.partitions_max(10) == 3, "also if another was fast meanwhile"
     group.starts.began(0, leaves_more=True)
     group.starts.ended(0)
     assert group.starts.partitions_max(10) == 10
