@@ -983,7 +983,7 @@ def test_retries_that_fail_again_hold_up_no_other_partition() -> None:
         lane.add(at, [rec(0, None, at)])
     batch = take(lane)
     settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
-    served = []
+    served: list[Partition] = []
     for _ in range(4):
         retries = lane.take(2.0, 10, LARGE, 1)
         assert retries is not None
